@@ -1,0 +1,51 @@
+# The whole set-up on a fresh machine is the first two verbs. `make help` tells the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTEST := PYTHONPATH=tests .venv/bin/pytest -p no_skips
+
+demo: install-demo  ## install what serving and simulation need (no torch, < 1 GB) and run the demo: 3 minutes
+	.venv-demo/bin/recap demo $(ARGS)
+
+test: install lint types  ## install everything, then lint, types, import rules and the test suite: 10 minutes on two cores
+	$(PYTEST) -m "not slow and not gpu and not triton" -n 2 --dist loadfile --durations 10
+
+test-all: install lint types  ## the slow tests too
+	$(PYTEST) -m "not gpu and not triton" --durations 20
+
+install-demo:  ## environment .venv-demo: serving, simulator, report
+	@scripts/bootstrap demo
+
+install:  ## environment .venv: training, export and the tests as well
+	@scripts/bootstrap full
+
+lint: install  ## ruff (rules and format) and the import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+
+types: install  ## mypy --strict
+	.venv/bin/mypy
+
+format: install  ## let ruff rewrite what it can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+loop: install  ## the whole RECAP circle in simulation into runs/loop (90 minutes on two cores)
+	.venv/bin/recap loop --run runs/loop $(ARGS)
+
+assets: install  ## rebuild assets/model_repository, the models that the demo serves
+	.venv/bin/recap loop --preset tiny --run runs/assets $(ARGS)
+	.venv/bin/python scripts/publish_assets.py runs/assets assets/model_repository
+
+lock: install  ## recompute requirements/*.txt from the .in files
+	uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python requirements/demo.in -o requirements/demo.txt
+	uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python requirements/full.in -o requirements/full.txt
+
+clean:  ## remove caches and builds; keeps environments and runs
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.PHONY: demo test test-all install-demo install lint types format loop assets lock clean help
