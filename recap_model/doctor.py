@@ -1,7 +1,7 @@
 """`recap doctor`: what works on this machine, found out by trying it, and what to install for the rest.
 
-Heavy packages are tried in child processes: the doctor itself needs only the standard library and rich, and a crash of a
-graphics driver is a finding, not the end of the report.
+Heavy packages are tried in child processes: the doctor itself needs only the standard library and rich, and a crash of
+a graphics driver is a finding, not the end of the report.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 DEMO, TRAIN, TEST, GPU = "demo", "training", "tests", "gpu"
 DEMO_PORTS = (8000, 8001)  # defaults of `recap serve`; the demo itself takes free ones
@@ -62,12 +63,12 @@ def examine() -> list[Check]:
         return list(pool.map(lambda trial: trial(), trials))
 
 
-def attempt(code: str, seconds: float = 60.0, **environment: str) -> tuple[bool, str]:
+def attempt(code: str, seconds: float = 60.0, environment: dict[str, str] | None = None) -> tuple[bool, str]:
     """Run Python code in a child of this interpreter: (it worked, last line it printed or of its error)."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds, check=False,
-            env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False, f"no answer within {seconds:.0f} s"
@@ -78,13 +79,13 @@ def attempt(code: str, seconds: float = 60.0, **environment: str) -> tuple[bool,
 
 def check_python() -> Check:
     ok = sys.version_info >= (3, 12)
-    return Check("python", DEMO, ok, f"{platform.python_version()} ({sys.executable})", "" if ok else "Python 3.12")
+    return Check("python", DEMO, ok, platform.python_version(), "" if ok else "Python 3.12")
 
 
 def check_environment() -> Check:
     ok = sys.prefix != sys.base_prefix
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = f"{'environment ' + sys.prefix if ok else 'no virtual environment'}, {cores} cores, {platform.machine()}"
+    found = f"{Path(sys.prefix).name if ok else 'no virtual environment'}, {cores} cores, {platform.machine()}"
     return Check("environment", TEST, ok, found, "" if ok else "make install-demo (or make install) makes one")
 
 
@@ -120,7 +121,7 @@ def check_rendering() -> Check:
         "view = mujoco.Renderer(model, 64, 64); view.update_scene(data); picture = view.render()\n"
         "assert picture.max() > 50, 'the picture is black'\n"
         "print('MuJoCo', mujoco.__version__, 'draws 64x64')",
-        **({"MUJOCO_GL": backend} if backend else {}),
+        environment={"MUJOCO_GL": backend} if backend else None,
     )
     remedy = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0 libgles2 (Debian, Ubuntu)"
     return Check(f"rendering ({backend or 'default'})", DEMO, ok, found, "" if ok else remedy)
@@ -155,20 +156,13 @@ def check_torch() -> Check:
 
 
 def check_lerobot() -> Check:
-    ok, found = attempt(
-        "from importlib.metadata import version; import lerobot.datasets.lerobot_dataset; print(version('lerobot'))",
-        120,
-    )
+    ok, found = attempt("from importlib.metadata import version; import lerobot; print(version('lerobot'))", 120)
     return Check("lerobot", TRAIN, ok, found, "" if ok else "make install (lerobot==0.6.1 needs Python 3.12)")
 
 
 def check_torchcodec() -> Check:
-    ok, found = attempt(
-        "import torchcodec; from torchcodec.decoders import VideoDecoder; print(torchcodec.__version__)", 120
-    )
-    return Check(
-        "torchcodec", TRAIN, ok, found, "" if ok else "make install, and apt-get install ffmpeg (video datasets)"
-    )
+    ok, found = attempt("import torchcodec, torchcodec.decoders; print(torchcodec.__version__)", 120)
+    return Check("torchcodec", TRAIN, ok, found, "" if ok else "make install; apt-get install ffmpeg (video datasets)")
 
 
 def check_ffmpeg() -> Check:
