@@ -25,8 +25,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """kind: what the folder is ("dataset", "returns", "critic", ...). parents: role -> content hash of what it was made
-    from. parameters: every setting that shaped it. metrics: what was measured. hash: over the files, see `content_hash`."""
+    """kind: what the folder is ("dataset", "returns", "critic", ...). parents: role -> content hash of what it was
+    made from. parameters: every setting that shaped it. metrics: what was measured.
+    hash: over the files, see `content_hash`.
+    """
 
     kind: str
     hash: str
@@ -48,11 +50,24 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, kind: str, *, parents: dict[str, str] | None = None,
-                   parameters: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None) -> Manifest:
+def write_manifest(
+    folder: Path,
+    kind: str,
+    *,
+    parents: dict[str, str] | None = None,
+    parameters: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> Manifest:
     """Hash `folder` and write its manifest (atomically)."""
-    manifest = Manifest(kind, content_hash(folder), dict(parents or {}), dict(parameters or {}), dict(metrics or {}),
-                        commit=_commit(), created=datetime.now(UTC).isoformat(timespec="seconds"))
+    manifest = Manifest(
+        kind,
+        content_hash(folder),
+        dict(parents or {}),
+        dict(parameters or {}),
+        dict(metrics or {}),
+        commit=_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     temporary = folder / (NAME + ".tmp")
     temporary.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True, default=str) + "\n")
     os.replace(temporary, folder / NAME)
@@ -77,7 +92,9 @@ def verify(folder: Path, kind: str | None = None) -> Manifest:
     manifest = read_manifest(folder, kind)
     actual = content_hash(Path(folder))
     if actual != manifest.hash:
-        raise ManifestError(f"{folder}: content hash: expected {manifest.hash[:12]} (manifest), got {actual[:12]} (files)")
+        raise ManifestError(
+            f"{folder}: content hash: expected {manifest.hash[:12]} (manifest), got {actual[:12]} (files)"
+        )
     return manifest
 
 
@@ -85,8 +102,10 @@ def require_parent(manifest: Manifest, role: str, expected: str, *, where: objec
     """Refuse a folder that was made from something else than what stands here now."""
     got = manifest.parents.get(role)
     if got != expected:
-        raise ManifestError(f"{where}: made from another {role}: expected hash {expected[:12]}, got {str(got)[:12]}; "
-                            f"make it again for this {role}")
+        raise ManifestError(
+            f"{where}: made from another {role}: expected hash {expected[:12]}, got {str(got)[:12]}; "
+            f"make it again for this {role}"
+        )
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""Raw observation -> model inputs. The training loader and the services call this same function, so that a frame reaches
-the model as the same bytes on both paths. Normalisation is not here: it lives in the model's graph."""
+"""Raw observation -> model inputs. The training loader and the services call these same functions, so that a frame
+reaches the model as the same bytes on both paths. Normalisation is not here: it lives in the model's graph."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from recap_client.spec import RobotSpec
+
 from recap_model.tokenizer import TextTokenizer
 
 
 class ObservationError(ValueError):
-    """An observation does not fit the spec. `field` names the part; the message says what was expected and what came."""
+    """An observation does not fit the spec. `field` names the part; the message says what was expected and came."""
 
     def __init__(self, field: str, expected: str, got: str) -> None:
         super().__init__(f"observation.{field}: expected {expected}, got {got}")
@@ -66,7 +66,9 @@ def prepare_state(state: Any, robot: RobotSpec) -> NDArray[np.float32]:
     return vector
 
 
-def prepare(images: Mapping[str, Any], state: Any, prompt: str, robot: RobotSpec, tokenizer: TextTokenizer) -> ModelInputs:
+def prepare(
+    images: Mapping[str, Any], state: Any, prompt: str, robot: RobotSpec, tokenizer: TextTokenizer
+) -> ModelInputs:
     """Check one raw observation against `robot` and tokenise `prompt` (from `recap_model.conditioning`).
 
     images: camera name -> uint8 [H, W, 3]; state: [S] in physical units. Raises ObservationError.

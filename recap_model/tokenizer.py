@@ -35,7 +35,7 @@ class TextTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        return int(self.tokenizer.get_vocab_size())
 
     def save(self, path: Path) -> None:
         self.tokenizer.save(str(path))

@@ -70,7 +70,8 @@ class RobotSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for `json.dumps` or msgpack."""
-        return json.loads(json.dumps(asdict(self)))
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "RobotSpec":

@@ -1,0 +1,34 @@
+"""Sizes of a distributional critic. Plain data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recap_model.normalize import Mode
+from recap_model.policy.config import LanguageConfig, VisionConfig, vision_from_json
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """bins values on [low, high]; target: how a return becomes a distribution over them (pi*0.6 equation 1)."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    cameras: int
+    state_dim: int
+    max_tokens: int = 24
+    bins: int = 201
+    low: float = -1.0
+    high: float = 0.0
+    dropout: float = 0.2
+    state_norm: Mode = "mean_std"
+    family: str = "smolvla"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "CriticConfig":
+        data = dict(data)
+        return CriticConfig(
+            vision=vision_from_json(data.pop("vision")), language=LanguageConfig(**data.pop("language")), **data
+        )

@@ -1,0 +1,101 @@
+"""`recap train policy` and `recap train critic`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from recap_model.manifest import Manifest
+from training import presets
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Settings that replace the preset's."""
+
+    preset: str = "tiny"
+    """Sizes and budget: debug or tiny."""
+    steps: int | None = None
+    """Optimiser steps."""
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    save_every: int | None = None
+    """Steps between resumable states in `<out>.work`."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def apply(self, settings: Any) -> Any:
+        """`settings` (PolicySettings or CriticSettings) with the given fields replaced."""
+        names = ("steps", "batch_size", "save_every")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        fit = replace(settings.fit, seed=self.seed, tracker=self.tracker, **given)
+        if self.lr is not None:
+            fit = replace(fit, optim=replace(fit.optim, lr=self.lr))
+        return replace(settings, fit=fit)
+
+
+@dataclass(frozen=True)
+class TrainPolicy:
+    """Train a policy. Run the same command again after an interruption: it resumes."""
+
+    dataset: Path
+    out: Path
+    """Checkpoint folder to publish."""
+    mode: Literal["imitation", "recap", "expert"] = "recap"
+    """recap: advantage-conditioned by --labels. imitation: no clause. expert: all positive."""
+    labels: Path | None = None
+    """Advantage labels (`recap label`), for --mode recap."""
+    init: Path | None = None
+    """Checkpoint to start from; its sizes, vocabulary and normalisation are kept."""
+    dropout: float | None = None
+    """Share of samples without the advantage clause."""
+    overrides: tyro.conf.OmitArgPrefixes[Overrides] = Overrides()
+
+
+@dataclass(frozen=True)
+class TrainCritic:
+    """Train a distributional critic and write a value for every frame."""
+
+    dataset: Path
+    returns: Path
+    """Folder of `recap returns`."""
+    out: Path
+    """Checkpoint folder to publish."""
+    values_out: Path
+    """Folder for the values of all frames, read by `recap label`."""
+    folds: int = 1
+    """K > 1: values come from critics that have not seen the episode (K further trainings)."""
+    init: Path | None = None
+    overrides: tyro.conf.OmitArgPrefixes[Overrides] = Overrides()
+
+
+def policy(argv: list[str]) -> int:
+    """Train a policy and publish its checkpoint."""
+    args = tyro.cli(TrainPolicy, args=argv, prog="recap train policy", description=TrainPolicy.__doc__)
+    from training.policy import train_policy
+
+    settings = args.overrides.apply(presets.load(args.overrides.preset).policy())
+    if args.dropout is not None:
+        settings = replace(settings, dropout=args.dropout)
+    _report(args.out, train_policy(settings, args.dataset, args.labels, args.init, args.out, args.mode))
+    return 0
+
+
+def critic(argv: list[str]) -> int:
+    """Train a critic, publish its checkpoint and the values of all frames."""
+    args = tyro.cli(TrainCritic, args=argv, prog="recap train critic", description=TrainCritic.__doc__)
+    from training.critic import train_critic
+
+    settings = args.overrides.apply(presets.load(args.overrides.preset).critic())
+    _report(
+        args.out,
+        train_critic(settings, args.dataset, args.returns, args.init, args.out, args.folds, args.values_out),
+    )
+    return 0
+
+
+def _report(out: Path, manifest: Manifest) -> None:
+    print(f"{out}: {manifest.kind} {manifest.hash[:12]}")
+    for key, value in manifest.metrics.items():
+        print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")

@@ -1,0 +1,150 @@
+"""The optimisation loop shared by policy and critic: schedule, clipping, weight average, metrics, exact resume.
+
+A run keeps its state in `<out>.work/`: `state.safetensors` (weights, average, optimiser), `step.json`, `metrics.jsonl`.
+Everything random is seeded by (seed, step), so a resumed run continues on the batches and the noise it would have had.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.optim import Average, make_optimizer, rate
+from training.settings import FitSettings
+from training.tracking import Tracker
+
+LossStep = Callable[[int, torch.Generator], Tensor]
+
+
+class ResumeError(ValueError):
+    """A work folder was written by a run with other settings."""
+
+
+def fit(
+    module: nn.Module, loss_step: LossStep, settings: FitSettings, work: Path, *, what: str, identity: dict[str, Any]
+) -> Average:
+    """Train `module` in place for `settings.steps` steps, resuming from `work` when it holds a state of the same run.
+
+    loss_step(step, generator) returns a scalar loss. identity: everything that must be the same for a resume (JSON).
+    Returns the moving average of the weights. On Ctrl-C the state is saved and KeyboardInterrupt goes on.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    optimizer = make_optimizer(module, settings.optim)
+    average = Average(module.named_parameters(), settings.optim.ema)
+    identity = json.loads(json.dumps({**identity, "fit": asdict(settings)}, default=str))
+    start = _restore(work, module, optimizer, average, identity)
+    tracker = Tracker(work, settings.tracker, start, name=what)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    step, recent = start, []
+    with Progress(*columns, disable=settings.steps < settings.log_every) as bar:
+        task = bar.add_task(what, total=settings.steps, completed=start)
+        try:
+            for step in range(start, settings.steps):
+                loss, norm = _optimise(module, optimizer, loss_step, step, settings)
+                average.update(module, step)
+                recent.append(loss)
+                bar.update(task, advance=1)
+                if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+                    mean = sum(recent) / len(recent)
+                    tracker.log(step + 1, {"loss": mean, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+                    bar.update(task, description=f"{what} loss {mean:.4f}")
+                    recent = []
+                if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+                    _save(work, module, optimizer, average, step + 1, identity)
+        except KeyboardInterrupt:
+            _save(work, module, optimizer, average, step, identity)
+            bar.console.print(f"{what}: interrupted at step {step}; run the same command again to resume")
+            raise
+        finally:
+            tracker.close()
+    return average
+
+
+def _optimise(
+    module: nn.Module, optimizer: torch.optim.Optimizer, loss_step: LossStep, step: int, settings: FitSettings
+) -> tuple[float, float]:
+    """One optimiser step. Returns (loss, gradient norm)."""
+    torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout layers draw from the global generator
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step, settings.steps, settings.optim)
+    loss = loss_step(step, generator)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"loss at step {step}: expected a finite number, got {loss.item()}; "
+            "check the dataset for NaN (`recap returns` refuses them) or lower the learning rate"
+        )
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(module.parameters(), settings.optim.clip)
+    optimizer.step()
+    return loss.item(), float(norm)
+
+
+def _save(
+    work: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    step: int,
+    identity: dict[str, Any],
+) -> None:
+    """Write the state beside the old one, then replace it: a crash leaves the one or the other."""
+    work.mkdir(parents=True, exist_ok=True)
+    tensors = {f"weight.{n}": p.detach() for n, p in module.named_parameters()}
+    tensors |= {f"average.{n}": p for n, p in average.shadow.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        work / "state.tmp",
+        metadata={"step": str(step), "identity": json.dumps(identity, sort_keys=True)},
+    )
+    os.replace(work / "state.tmp", work / "state.safetensors")
+
+
+def _restore(
+    work: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average, identity: dict[str, Any]
+) -> int:
+    """Load the state in `work` if there is one; returns the step to continue from."""
+    path = work / "state.safetensors"
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stream:
+        meta = stream.metadata()
+    before = json.loads(meta["identity"])
+    if before != identity:
+        keys = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
+        raise ResumeError(
+            f"{work}: holds an unfinished run with other {', '.join(keys)}: expected "
+            f"{[identity.get(k) for k in keys]}, got {[before.get(k) for k in keys]}; "
+            "finish it with the old settings or remove the folder"
+        )
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"weight.{name}"])
+            average.shadow[name].copy_(tensors[f"average.{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(meta["step"])
+
+
+def autocast_vision(enabled: bool) -> Any:
+    """bf16 for the convolutional tower: twice as fast on CPUs with bf16, no gain elsewhere in models this small."""
+    return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()

@@ -1,0 +1,140 @@
+"""Train a policy: plain imitation, advantage-conditioned (RECAP) or all-positive (expert)."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recap_model import conditioning
+from recap_model.checkpoint import CheckpointFiles
+from recap_model.manifest import Manifest, publish, read_manifest, write_manifest
+from recap_model.normalize import NormStats
+from recap_model.policy import flow
+from recap_model.policy.config import PolicyConfig
+from recap_model.policy.load import load_policy
+from recap_model.policy.model import Policy
+from recap_model.spec import PolicySpec
+from recap_model.tokenizer import TextTokenizer, word_tokenizer
+from training.checkpoint import write_checkpoint
+from training.loader import Batch, FrameTable, Loader, Sampler
+from training.loop import autocast_vision, fit
+from training.settings import PolicySettings
+from training.table import TableSource, load_table
+
+Mode = Literal["imitation", "recap", "expert"]
+
+
+def train_policy(
+    settings: PolicySettings, dataset: Path, labels: Path | None, init: Path | None, out: Path, mode: Mode
+) -> Manifest:
+    """Train on every frame of `dataset` and publish a checkpoint at `out`.
+
+    mode: "imitation" leaves every frame without a clause, "expert" marks every frame positive, "recap" takes the
+    indicators of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
+    the start; its sizes are kept.
+    """
+    if (mode == "recap") != (labels is not None):
+        raise ValueError(
+            f"--labels: mode {mode!r} "
+            + (
+                "needs a label folder (made by `recap label`), got none"
+                if mode == "recap"
+                else f"takes no labels, got {labels}; use --mode recap"
+            )
+        )
+    source = load_table(dataset, labels=labels)
+    table = with_indicator(source.table, mode)
+    policy, files = _start(settings, source, init)
+    loader = Loader(
+        table,
+        files.tokenizer,
+        chunk=policy.config.chunk,
+        dropout=settings.dropout,
+        shift=settings.shift,
+        seed=settings.fit.seed,
+    )
+    sampler = Sampler(np.arange(len(table)), settings.fit.batch_size, settings.fit.seed)
+    parents = {"dataset": source.hash} | ({"labels": source.labels_hash} if labels else {})
+    parents |= {"init": read_manifest(init).hash} if init else {}
+    work = out.with_name(out.name + ".work")
+    average = fit(
+        policy,
+        lambda step, generator: policy_loss(policy, loader(sampler(step), step), settings.draws, generator),
+        settings.fit,
+        work,
+        what=f"policy ({mode})",
+        identity={"mode": mode, "parents": parents, "settings": asdict(settings)},
+    )
+    shares = {str(i): float((table.indicator == i).mean()) for i in (-1, 0, 1)}
+    with publish(out) as folder:
+        write_checkpoint(folder, average.shadow, policy.config.to_json(), files.spec, files.tokenizer, files.stats)
+        (folder / "metrics.jsonl").write_text((work / "metrics.jsonl").read_text())
+        return write_manifest(
+            folder,
+            "policy",
+            parents=parents,
+            parameters={"mode": mode, **asdict(settings)},
+            metrics={
+                "frames": len(table),
+                "indicator_share": shares,
+                "epochs": settings.fit.steps * settings.fit.batch_size / len(table),
+            },
+        )
+
+
+def policy_loss(policy: Policy, batch: Batch, draws: int, generator: torch.Generator) -> Tensor:
+    """Flow-matching loss; each encoded observation is used with `draws` pairs of noise and time."""
+    with autocast_vision(policy.training):
+        seen = policy.see(torch.from_numpy(batch.images))
+    prefix = policy.read(
+        seen.float(), torch.from_numpy(batch.state), torch.from_numpy(batch.tokens), torch.from_numpy(batch.token_mask)
+    ).repeat(draws)
+    actions = policy.normalize_actions(torch.from_numpy(batch.actions)).repeat_interleave(draws, 0)
+    noise = torch.randn(actions.shape, generator=generator)
+    time = flow.sample_time(len(actions), generator)
+    noisy, target = flow.interpolate(actions, noise, time)
+    valid = torch.from_numpy(batch.valid).repeat_interleave(draws, 0)
+    return flow.loss(policy.velocity(noisy, time, prefix), target, valid)
+
+
+def with_indicator(table: FrameTable, mode: Mode) -> FrameTable:
+    """The table with the indicators that `mode` trains on."""
+    if mode == "recap":
+        return table
+    value = conditioning.POSITIVE if mode == "expert" else conditioning.NONE
+    return replace(table, indicator=np.full(len(table), value, np.int8))
+
+
+def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> tuple[Policy, CheckpointFiles]:
+    """A policy to train: from a checkpoint, or fresh with statistics and vocabulary of the data."""
+    if init is not None:
+        policy, files = load_policy(init)
+        source.require_known_tasks(files.spec.robot, init)
+        return policy.train().to(memory_format=torch.channels_last), files  # type: ignore[call-overload]
+    stats = {"state": NormStats.of(source.table.state), "action": NormStats.of(source.table.action)}
+    tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
+    robot = source.robot
+    config = PolicyConfig(
+        settings.vision,
+        replace(settings.language, vocabulary=padded_vocabulary(tokenizer)),
+        settings.expert,
+        cameras=len(robot.cameras),
+        state_dim=len(robot.state),
+        action_dim=len(robot.action),
+        chunk=settings.chunk,
+        max_tokens=settings.max_tokens,
+        denoise_steps=settings.denoise_steps,
+    )
+    torch.manual_seed(settings.fit.seed)
+    policy = Policy(config, stats).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    spec = PolicySpec(robot, settings.chunk, settings.max_tokens)
+    return policy, CheckpointFiles(Path(), config.to_json(), spec, tokenizer, stats, None)  # type: ignore[arg-type]
+
+
+def padded_vocabulary(tokenizer: TextTokenizer) -> int:
+    """Vocabulary size rounded up to a multiple of 8, as matrix units like it."""
+    return 8 * math.ceil(tokenizer.vocabulary_size / 8)

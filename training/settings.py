@@ -1,0 +1,59 @@
+"""What a training run consists of: sizes, budget, optimiser. Presets (training/presets) fill these in."""
+
+from dataclasses import dataclass, field
+
+from recap_model.policy.config import ExpertConfig, LanguageConfig, VisionConfig
+from training.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """steps: optimiser steps. save_every: steps between resumable states. tracker: "none", "tensorboard" or "wandb"."""
+
+    steps: int
+    batch_size: int = 64
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    tracker: str = "none"
+    threads: int = 0  # 0: torch's own choice
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """draws: (time, noise) pairs per encoded observation; the prefix is the costly part and is computed once for all.
+
+    dropout: share of samples trained without the advantage clause. shift: image augmentation [px].
+    """
+
+    vision: VisionConfig
+    language: LanguageConfig
+    expert: ExpertConfig
+    fit: FitSettings
+    chunk: int = 8
+    max_tokens: int = 16
+    denoise_steps: int = 8
+    draws: int = 2
+    dropout: float = 0.3
+    shift: int = 2
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """target: "two_hot" or "hl_gauss" (with sigma in bins). state_noise: in standard deviations of the state.
+
+    held_out: share of episodes kept from training for the validation report, when there are no folds.
+    """
+
+    vision: VisionConfig
+    language: LanguageConfig
+    fit: FitSettings
+    max_tokens: int = 16
+    bins: int = 201
+    dropout: float = 0.2
+    target: str = "hl_gauss"
+    sigma_bins: float = 3.0
+    state_noise: float = 0.05
+    shift: int = 2
+    held_out: float = 0.15

@@ -1,0 +1,76 @@
+"""Dataset and labels -> the frame table the loader trains from. Frames pass `recap_model.observation` on the way."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from recap_client.spec import RobotSpec, require_equal
+from rich.progress import track
+
+from recap_model import conditioning
+from training.dataset import Dataset, open_dataset
+from training.labels import load_labels, load_returns
+from training.loader import FrameTable, prepare_episode
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A frame table and what it came from."""
+
+    table: FrameTable
+    robot: RobotSpec
+    hash: str
+    labels_hash: str = ""
+
+    def require_known_tasks(self, known: RobotSpec, where: Path) -> None:
+        """Refuse data whose robot or tasks a checkpoint does not know."""
+        require_equal(known, self.robot, what=f"dataset against {where}")
+        new = sorted(set(self.table.tasks) - set(known.tasks))
+        if new:
+            raise ValueError(
+                f"{where}: expected data of the tasks it knows, {list(known.tasks)}, got also {new}; "
+                "train from scratch (without --init) to add tasks"
+            )
+
+
+def load_table(dataset: Path, *, labels: Path | None = None, returns: Path | None = None) -> TableSource:
+    """Read all frames of `dataset` into memory, with the indicators of `labels` or the targets of `returns`."""
+    data = open_dataset(dataset)
+    table, robot = _frames(data)
+    if labels is not None:
+        marked = load_labels(labels, data)
+        return TableSource(replace(table, indicator=marked.indicator.astype(np.int8)), robot, data.hash, marked.hash)
+    if returns is not None:
+        target = load_returns(returns, data)
+        return TableSource(replace(table, target=target.values.astype(np.float32)), robot, data.hash, target.hash)
+    return TableSource(table, robot, data.hash)
+
+
+def _frames(data: Dataset) -> tuple[FrameTable, RobotSpec]:
+    episodes = list(data.episodes)
+    tasks = tuple(sorted({episode.task for episode in episodes}))
+    robot = replace(data.spec, tasks=tasks)
+    total = sum(len(episode.state) for episode in episodes)
+    camera = robot.cameras[0]
+    images = np.empty((total, len(robot.cameras), camera.height, camera.width, 3), np.uint8)
+    states, row = [], 0
+    progress: Iterable = track(episodes, "reading frames", disable=total < 2000)  # type: ignore[type-arg]
+    for episode in progress:
+        frames, state = prepare_episode(episode.images(), episode.state, robot)
+        images[row : row + len(state)] = frames
+        states.append(state)
+        row += len(state)
+    lengths = np.array([len(episode.state) for episode in episodes])
+    table = FrameTable(
+        images=images,
+        state=np.concatenate(states),
+        action=np.concatenate([e.action for e in episodes]),
+        end=np.repeat(lengths.cumsum(), lengths),
+        episode=np.repeat([e.index for e in episodes], lengths),
+        task=np.repeat([tasks.index(e.task) for e in episodes], lengths),
+        tasks=tasks,
+        indicator=np.full(total, conditioning.NONE, np.int8),
+        target=np.full(total, np.nan, np.float32),
+    )
+    return table, robot
