@@ -61,7 +61,8 @@ class ScriptedExpert:
         self._rng = np.random.default_rng([seed, 0x5C])
         self.style = self._draw() if style == "mixed" else style
         self._robot = robot
-        self._script: Any = ENV_POLICY_MAP[robot.task + "-v3"]()
+        make: Any = ENV_POLICY_MAP[robot.task + "-v3"]
+        self._script = make()
         self._hz = robot.spec.control_hz
         chosen = self._chosen = STYLES[self.style]
         self._speed = self._rng.uniform(*chosen.speed)
