@@ -32,21 +32,28 @@ def film_strip(
     picks = np.linspace(0, steps - 1, min(columns, steps)).round().astype(int)
     strip = np.concatenate([_framed(frames[i]) for i in picks], axis=1)
     seconds = np.arange(steps) / control_hz
+    spacing = seconds[-1] / (len(picks) - 1) if len(picks) > 1 else 1 / control_hz
+    span = (-spacing / 2, seconds[-1] + spacing / 2)  # each frame is centred over its own moment
+    colour = {True: GOOD, False: BAD, None: SOFT}[success]
     with rc_context(STYLE):
+        left, right, axis, curve, head = 0.75, 0.1, 0.5, 1.25, 0.32  # margins and heights in inches
         width = 10.0
-        height = width * strip.shape[0] / strip.shape[1]
-        chart = Figure(figsize=(width, height + 1.75), layout="constrained", dpi=110)
-        top, bottom = chart.subplots(2, 1, height_ratios=[height, 1.4])
-        top.imshow(strip, aspect="equal", interpolation="nearest")
+        height = (width - left - right) * strip.shape[0] / strip.shape[1]
+        total = axis + curve + 0.1 + height + head
+        chart = Figure(figsize=(width, total), dpi=110)
+        inner = 1 - (left + right) / width
+        top = chart.add_axes((left / width, (axis + curve + 0.1) / total, inner, height / total))
+        bottom = chart.add_axes((left / width, axis / total, inner, curve / total))
+        top.imshow(strip, aspect="auto", interpolation="bicubic")
         top.set_axis_off()
-        top.set_title(title, color={True: GOOD, False: BAD, None: INK}[success])
-        bottom.plot(seconds, values, color={True: GOOD, False: BAD, None: SOFT}[success], linewidth=1.8)
+        top.set_title(title, color=INK if success is None else colour)
+        bottom.plot(seconds, values, color=colour, linewidth=1.8)
         bottom.plot(seconds[picks], np.asarray(values)[picks], "o", color=INK, markersize=3)
         if intervention is not None and intervention.any():
             where = np.asarray(intervention, bool)
             bottom.fill_between(seconds, -1.05, 0.05, where=where.tolist(), color=HUMAN, alpha=0.25, label="human")
             bottom.legend(frameon=False, loc="lower right")
-        bottom.set(ylim=(-1.05, 0.05), xlim=(0, max(seconds[-1], 1 / control_hz)), ylabel="value", xlabel="time [s]")
+        bottom.set(ylim=(-1.05, 0.05), xlim=span, ylabel="value", xlabel="time [s]")
         stream = io.BytesIO()
         chart.savefig(stream, format="png")
         return stream.getvalue()

@@ -158,7 +158,7 @@ def _bars(axes: Axes, names: Sequence[str], intervals: Sequence[Interval], colou
     )
     for i, item in enumerate(intervals):
         axes.annotate(
-            f"{item.value:.2g}", (0, i), (5, 0), textcoords="offset points", va="center", color="white", fontsize=9
+            f"{item.value:.2f}", (0, i), (5, 0), textcoords="offset points", va="center", color="white", fontsize=9
         )
     axes.grid(axis="y", visible=False)
 

@@ -63,7 +63,7 @@ def draw(clip: Clip, step: int, *, ended: bool = False) -> NDArray[np.uint8]:
     width = VIEW * len(clip.images)
     picture = Image.new("RGB", (width, HEAD + VIEW + PANEL), _PAPER)
     for i, frames in enumerate(clip.images.values()):
-        view = Image.fromarray(frames[step]).resize((VIEW, VIEW), Image.Resampling.NEAREST)
+        view = Image.fromarray(frames[step]).resize((VIEW, VIEW), Image.Resampling.BICUBIC)
         picture.paste(view, (i * VIEW, HEAD))
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(15)
