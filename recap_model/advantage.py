@@ -81,8 +81,10 @@ class LabelRules:
             if not 0 <= getattr(self, name) <= 1:
                 raise AdvantageError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         if self.negative_before_intervention < 0:
-            raise AdvantageError("negative_before_intervention: expected a number of frames >= 0, got "
-                                 f"{self.negative_before_intervention}")
+            raise AdvantageError(
+                "negative_before_intervention: expected a number of frames >= 0, got "
+                f"{self.negative_before_intervention}"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ def advantage(returns: ArrayLike, values: ArrayLike, rewards_normalised: ArrayLi
     target, value = finite(returns, "returns"), finite(values, "values")
     reward = finite(rewards_normalised, "rewards")
     if not target.shape == value.shape == reward.shape or target.ndim != 1 or not len(target):
-        raise AdvantageError(f"advantage: expected returns, values and rewards of one shape [T], got {target.shape}, "
-                             f"{value.shape} and {reward.shape}")
+        raise AdvantageError(
+            f"advantage: expected returns, values and rewards of one shape [T], got {target.shape}, "
+            f"{value.shape} and {reward.shape}"
+        )
     if n is not None and n < 1:
         raise AdvantageError(f"n: expected at least 1 frame, got {n}")
     length = len(target)
@@ -143,8 +147,9 @@ def thresholds(frames: Frames, advantages: Floats, rules: LabelRules) -> Floats:
     return result
 
 
-def _group_threshold(frames: Frames, advantages: Floats, group: NDArray[np.bool_], share: float,
-                     rules: LabelRules) -> float:
+def _group_threshold(
+    frames: Frames, advantages: Floats, group: NDArray[np.bool_], share: float, rules: LabelRules
+) -> float:
     own = group & ~frames.intervention
     if not own.any():  # nothing autonomous to compare with: the frames that are labelled set their own scale
         own = group
@@ -189,7 +194,7 @@ def _before_intervention(frames: Frames, count: int) -> NDArray[np.bool_]:
     for rows in frames.episodes():
         human = frames.intervention[rows]
         for start in np.flatnonzero(human & ~np.r_[False, human[:-1]]):
-            result[rows.start + max(0, start - count): rows.start + start] = True
+            result[rows.start + max(0, start - count) : rows.start + start] = True
     return result & ~frames.intervention
 
 

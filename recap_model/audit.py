@@ -16,8 +16,18 @@ from recap_model.conditioning import POSITIVE
 from recap_model.returns import Floats
 
 FAILED_POSITIVE_LIMIT = 0.10
-COLUMNS = ("task", "episodes of", "outcome", "frames by", "episodes", "frames", "positive", "negative",
-           "positive share", "mean advantage")
+COLUMNS = (
+    "task",
+    "episodes of",
+    "outcome",
+    "frames by",
+    "episodes",
+    "frames",
+    "positive",
+    "negative",
+    "positive share",
+    "mean advantage",
+)
 
 
 @dataclass(frozen=True)
@@ -63,24 +73,45 @@ def audit(frames: Frames, advantages: Floats, labels: Labels, rules: LabelRules)
     rows = []
     for task in sorted(set(frames.task)):
         for demonstration, success, intervention in np.ndindex(2, 2, 2):
-            mask = ((frames.task == task) & (frames.demonstration == bool(demonstration))
-                    & (frames.success == bool(success)) & (frames.intervention == bool(intervention)))
+            mask = (
+                (frames.task == task)
+                & (frames.demonstration == bool(demonstration))
+                & (frames.success == bool(success))
+                & (frames.intervention == bool(intervention))
+            )
             if mask.any():
-                rows.append(Row(str(task), bool(demonstration), bool(success), bool(intervention),
-                                len(np.unique(frames.episode[mask])), int(mask.sum()), int(positive[mask].sum()),
-                                float(advantages[mask].mean())))
+                rows.append(
+                    Row(
+                        str(task),
+                        bool(demonstration),
+                        bool(success),
+                        bool(intervention),
+                        len(np.unique(frames.episode[mask])),
+                        int(mask.sum()),
+                        int(positive[mask].sum()),
+                        float(advantages[mask].mean()),
+                    )
+                )
     failed = float((positive & ~frames.success).sum() / max(1, positive.sum()))
     names, counts = np.unique(labels.source.astype(str), return_counts=True)
-    return Audit(tuple(rows), dict(zip(names.tolist(), counts.tolist(), strict=True)), float(positive.mean()), failed,
-                 tuple(_warnings(frames, labels, positive, failed, rules)))
+    return Audit(
+        tuple(rows),
+        dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        float(positive.mean()),
+        failed,
+        tuple(_warnings(frames, labels, positive, failed, rules)),
+    )
 
 
-def _warnings(frames: Frames, labels: Labels, positive: NDArray[np.bool_], failed: float,
-              rules: LabelRules) -> Iterable[str]:
+def _warnings(
+    frames: Frames, labels: Labels, positive: NDArray[np.bool_], failed: float, rules: LabelRules
+) -> Iterable[str]:
     if failed > FAILED_POSITIVE_LIMIT:
         forced = (positive & ~frames.success & (labels.source == "intervention")).sum() / max(1, positive.sum())
-        yield (f"failed episodes supply {failed:.0%} of the positive frames (limit {FAILED_POSITIVE_LIMIT:.0%}; "
-               f"{forced:.0%} are interventions): consider --failures-negative or --interventions successes")
+        yield (
+            f"failed episodes supply {failed:.0%} of the positive frames (limit {FAILED_POSITIVE_LIMIT:.0%}; "
+            f"{forced:.0%} are interventions): consider --failures-negative or --interventions successes"
+        )
     if not positive.any():
         yield "no frame is positive: the policy is served with `positive`, which it would never have seen"
     elif positive.all() and rules.mode == "computed":
@@ -89,18 +120,21 @@ def _warnings(frames: Frames, labels: Labels, positive: NDArray[np.bool_], faile
         return
     for task in sorted(set(frames.task)):
         for demonstration, asked in ((False, rules.positive_fraction), (True, rules.demonstration_fraction)):
-            group = ((frames.task == task) & (frames.demonstration == demonstration)
-                     & (labels.source == "computed"))
+            group = (frames.task == task) & (frames.demonstration == demonstration) & (labels.source == "computed")
             got = float(positive[group].mean()) if group.any() else asked
             if rules.threshold_over == "all" and not rules.failures_negative and got < asked / 2 and group.sum() >= 20:
                 kind = "demonstrations" if demonstration else "rollouts"
-                yield (f"task {task!r}: {got:.0%} of the {kind} are positive where {asked:.0%} were asked for: many "
-                       "equal advantages, so the critic does not tell these frames apart")
+                yield (
+                    f"task {task!r}: {got:.0%} of the {kind} are positive where {asked:.0%} were asked for: many "
+                    "equal advantages, so the critic does not tell these frames apart"
+                )
     if rules.n is not None:
         short = np.array([rows.stop - rows.start <= rules.n for rows in frames.episodes()])
         if short.mean() > 0.5:
-            yield (f"{short.mean():.0%} of the episodes are no longer than n = {rules.n} frames: their advantages use "
-                   "no look-ahead value")
+            yield (
+                f"{short.mean():.0%} of the episodes are no longer than n = {rules.n} frames: their advantages use "
+                "no look-ahead value"
+            )
 
 
 def render_html(result: Audit, *, title: str) -> str:
@@ -108,17 +142,28 @@ def render_html(result: Audit, *, title: str) -> str:
     body = "".join(_html_row(row) for row in result.rows)
     warnings = "".join(f"<p class='warning'>{html.escape(text)}</p>" for text in result.warnings)
     sources = ", ".join(f"{name} {count}" for name, count in sorted(result.sources.items()))
-    return (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}"
-            f"</style><h1>{html.escape(title)}</h1><p>{result.positive_share:.1%} of the frames are positive; failed "
-            f"episodes supply {result.failed_share:.1%} of the positives. Labelled by: {html.escape(sources)}.</p>"
-            f"{warnings}<table><tr>{''.join(f'<th>{name}</th>' for name in COLUMNS)}</tr>{body}</table></html>\n")
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}"
+        f"</style><h1>{html.escape(title)}</h1><p>{result.positive_share:.1%} of the frames are positive; failed "
+        f"episodes supply {result.failed_share:.1%} of the positives. Labelled by: {html.escape(sources)}.</p>"
+        f"{warnings}<table><tr>{''.join(f'<th>{name}</th>' for name in COLUMNS)}</tr>{body}</table></html>\n"
+    )
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of the table's columns."""
-    return (row.task, "demonstration" if row.demonstration else "rollout", "success" if row.success else "failure",
-            "human" if row.intervention or row.demonstration else "policy", str(row.episodes), str(row.frames),
-            str(row.positive), str(row.negative), f"{row.share:.0%}", f"{row.advantage:+.3f}")
+    return (
+        row.task,
+        "demonstration" if row.demonstration else "rollout",
+        "success" if row.success else "failure",
+        "human" if row.intervention or row.demonstration else "policy",
+        str(row.episodes),
+        str(row.frames),
+        str(row.positive),
+        str(row.negative),
+        f"{row.share:.0%}",
+        f"{row.advantage:+.3f}",
+    )
 
 
 def _html_row(row: Row) -> str:
@@ -126,7 +171,9 @@ def _html_row(row: Row) -> str:
     return f"<tr>{columns}<td><div class='bar' style='width:{row.share * 120:.0f}px'></div></td></tr>"
 
 
-_STYLE = ("body{font:15px system-ui;margin:2em;color:#222}table{border-collapse:collapse}"
-          "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
-          ".warning{background:#fff3cd;border-left:4px solid #e0a800;padding:.5em 1em}"
-          ".bar{height:.8em;background:#4a90d9}")
+_STYLE = (
+    "body{font:15px system-ui;margin:2em;color:#222}table{border-collapse:collapse}"
+    "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
+    ".warning{background:#fff3cd;border-left:4px solid #e0a800;padding:.5em 1em}"
+    ".bar{height:.8em;background:#4a90d9}"
+)

@@ -59,8 +59,9 @@ def returns(length: int, success: bool, t_max: float, c_fail: float | None = Non
     return np.asarray(np.clip(steps[-1] - remaining, LOW, HIGH) + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
-def t_max_per_task(lengths: Sequence[int], successes: Sequence[bool], tasks: Sequence[str],
-                   quantile: float = 1.0) -> dict[str, float]:
+def t_max_per_task(
+    lengths: Sequence[int], successes: Sequence[bool], tasks: Sequence[str], quantile: float = 1.0
+) -> dict[str, float]:
     """T_max in control steps for every task: the `quantile` of its successful episodes' lengths (1 = the longest).
 
     One entry per episode in each sequence. A task without a success takes its longest episode: its returns are -1
@@ -69,8 +70,10 @@ def t_max_per_task(lengths: Sequence[int], successes: Sequence[bool], tasks: Seq
     if not 0 < quantile <= 1:
         raise ReturnsError(f"quantile: expected a number in (0, 1], got {quantile}")
     if not len(lengths) == len(successes) == len(tasks):
-        raise ReturnsError(f"episodes: expected equally many lengths, successes and tasks, got "
-                           f"{len(lengths)}, {len(successes)} and {len(tasks)}")
+        raise ReturnsError(
+            f"episodes: expected equally many lengths, successes and tasks, got "
+            f"{len(lengths)}, {len(successes)} and {len(tasks)}"
+        )
     size, won = np.asarray(lengths, np.float64), np.asarray(successes, bool)
     names = np.asarray(tasks, dtype=object)
     result = {}
@@ -85,8 +88,11 @@ def failure_warnings(t_max: Mapping[str, float], c_fail: float | None) -> list[s
     """Tasks for which a quick failure can be worth more than a slow success: C_fail below T_max."""
     if c_fail is None:
         return []
-    return [f"task {task!r}: C_fail {c_fail:g} < T_max {steps:g}: the end of a failure outranks a slow success"
-            for task, steps in sorted(t_max.items()) if c_fail < steps]
+    return [
+        f"task {task!r}: C_fail {c_fail:g} < T_max {steps:g}: the end of a failure outranks a slow success"
+        for task, steps in sorted(t_max.items())
+        if c_fail < steps
+    ]
 
 
 def centres(bins: int, low: float = LOW, high: float = HIGH) -> Floats:

@@ -38,7 +38,7 @@ class TestAdvantage:
         got = advantage(target, value, reward, n)
         n = length if n is None else n
         for t in range(length):
-            expected = target[t] - value[t] if t + n >= length else reward[t:t + n].sum() + value[t + n] - value[t]
+            expected = target[t] - value[t] if t + n >= length else reward[t : t + n].sum() + value[t + n] - value[t]
             assert got[t] == pytest.approx(expected, abs=1e-9)
 
     @given(lengths, st.integers(1, 10), st.integers(0, 99))
@@ -110,7 +110,7 @@ class TestThreshold:
 
     def test_unusable_input_is_refused(self):
         for values, share in (([], 0.4), ([1.0], 1.1), ([1.0, np.nan], 0.4)):
-            with pytest.raises(ValueError, match="advantages|positive_fraction"):
+            with pytest.raises(ValueError, match=r"advantages|positive_fraction"):
                 threshold(values, share)
 
 
@@ -130,9 +130,16 @@ def frames_of(spec):
 
 
 episodes = st.lists(
-    st.tuples(st.sampled_from("ab"), st.integers(1, 30), st.booleans(), st.booleans(),
-              st.none() | st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda at: slice(at[0], sum(at)))),
-    min_size=1, max_size=8)
+    st.tuples(
+        st.sampled_from("ab"),
+        st.integers(1, 30),
+        st.booleans(),
+        st.booleans(),
+        st.none() | st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda at: slice(at[0], sum(at))),
+    ),
+    min_size=1,
+    max_size=8,
+)
 
 
 def spread(frames, seed=0):
@@ -159,8 +166,9 @@ class TestLabels:
         together = indicators(frames, values, rules)
         mine = frames.task == "a"
         if mine.any():
-            alone = indicators(Frames(*(getattr(frames, name)[mine] for name in Frames.__dataclass_fields__)),
-                               values[mine], rules)
+            alone = indicators(
+                Frames(*(getattr(frames, name)[mine] for name in Frames.__dataclass_fields__)), values[mine], rules
+            )
             np.testing.assert_array_equal(alone.indicator, together.indicator[mine])
             np.testing.assert_array_equal(alone.threshold, together.threshold[mine])
 
@@ -168,8 +176,10 @@ class TestLabels:
     def test_only_the_order_of_advantages_counts(self, spec, shift):
         frames = frames_of(spec)
         values = spread(frames)
-        np.testing.assert_array_equal(indicators(frames, values, LabelRules()).indicator,
-                                      indicators(frames, values * 4 + shift, LabelRules()).indicator)
+        np.testing.assert_array_equal(
+            indicators(frames, values, LabelRules()).indicator,
+            indicators(frames, values * 4 + shift, LabelRules()).indicator,
+        )
 
     @given(episodes)
     def test_interventions_are_positive(self, spec):
@@ -181,8 +191,9 @@ class TestLabels:
     @given(episodes)
     def test_interventions_only_in_successes(self, spec):
         frames = frames_of(spec)
-        rules = LabelRules(positive_fraction=0.0, demonstration_fraction=0.0, interventions="successes",
-                           failures_negative=True)
+        rules = LabelRules(
+            positive_fraction=0.0, demonstration_fraction=0.0, interventions="successes", failures_negative=True
+        )
         labels = indicators(frames, spread(frames), rules)
         np.testing.assert_array_equal(labels.indicator == 1, frames.intervention & frames.success)
         assert set(labels.source[~frames.success]) <= {"outcome"}

@@ -10,9 +10,13 @@ from recap_model.audit import audit, cells, render_html
 
 def make(success, intervention=None, episodes=4, length=25, task="push the <b>red</b> block"):
     count = episodes * length
-    return Frames(np.repeat(np.arange(episodes), length), np.full(count, task, dtype=object),
-                  np.zeros(count, bool) if intervention is None else intervention, np.zeros(count, bool),
-                  np.repeat(success, length))
+    return Frames(
+        np.repeat(np.arange(episodes), length),
+        np.full(count, task, dtype=object),
+        np.zeros(count, bool) if intervention is None else intervention,
+        np.zeros(count, bool),
+        np.repeat(success, length),
+    )
 
 
 def test_every_frame_is_counted_once():
@@ -32,8 +36,10 @@ def test_it_warns_when_failures_supply_many_of_the_positives():
     frames = make(np.array([True, False, True, False]))
     values = np.random.default_rng(0).normal(size=100)
     free, strict = LabelRules(n=3), LabelRules(n=3, failures_negative=True)
-    assert any("failed episodes supply" in text for text in
-               audit(frames, values, indicators(frames, values, free), free).warnings)
+    assert any(
+        "failed episodes supply" in text
+        for text in audit(frames, values, indicators(frames, values, free), free).warnings
+    )
     result = audit(frames, values, indicators(frames, values, strict), strict)
     assert not result.warnings and result.failed_share == 0
 

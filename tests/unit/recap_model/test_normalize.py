@@ -8,8 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from recap_model.normalize import MODES, NormStats, normalize, unnormalize
 
-data = arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 6)),
-              elements=st.floats(-1000, 1000, width=32))
+data = arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 6)), elements=st.floats(-1000, 1000, width=32))
 
 
 @pytest.mark.parametrize("mode", MODES)

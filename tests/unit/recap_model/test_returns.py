@@ -90,8 +90,11 @@ class TestTMax:
     def test_a_task_without_success_takes_its_longest_episode(self):
         assert t_max_per_task([10, 30], [False, False], ["a", "a"], quantile=0.1) == {"a": 30.0}
 
-    @given(st.lists(st.tuples(lengths, st.booleans(), st.sampled_from("abc")), min_size=1, max_size=30),
-           st.floats(0.01, 1), st.randoms(use_true_random=False))
+    @given(
+        st.lists(st.tuples(lengths, st.booleans(), st.sampled_from("abc")), min_size=1, max_size=30),
+        st.floats(0.01, 1),
+        st.randoms(use_true_random=False),
+    )
     def test_the_order_of_episodes_and_other_tasks_do_not_matter(self, episodes, quantile, random):
         expected = t_max_per_task(*zip(*episodes, strict=True), quantile)
         shuffled = random.sample(episodes, len(episodes))
