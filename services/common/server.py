@@ -1,0 +1,92 @@
+"""An app on a port: uvicorn with the limits that robots need, an ending that drains, and a thread to run it in."""
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from services.common.drain import Connections
+from services.common.settings import Limits
+
+DRAIN_S = 3.0
+
+
+class PortInUse(ValueError):
+    """The address is taken, or not one of this machine."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises PortInUse with the address in one line."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(256)
+    except OSError as error:
+        sock.close()
+        raise PortInUse(f"{host}:{port}: cannot listen here ({error.strerror}); "
+                        f"stop the other program or choose another port") from error
+    sock.set_inheritable(True)
+    return sock
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn closes websockets first (1012) and finishes requests afterwards; robots need it the other way round."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._robots = connections
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        # A second Ctrl-C ends at once. Unlike uvicorn's, signals are not raised again at the end: draining is exit 0.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        if not self.force_exit:
+            await self._robots.drain(DRAIN_S)
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
+    """A server for an app of `services.policy.app` or `services.critic.app`."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="websockets-sansio",
+                            ws_max_size=limits.frame, ws_per_message_deflate=False, server_header=False,
+                            date_header=False, timeout_graceful_shutdown=1)
+    return DrainingServer(config, app.state.connections)
+
+
+@contextmanager
+def running(app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """Serve `app` from a thread of this process; yields the port, drains at the end."""
+    sock = bind(host, port)
+    server = make_server(app, limits)
+    ready = threading.Event()
+
+    def work() -> None:
+        async def serve() -> None:
+            task = asyncio.ensure_future(server.serve(sockets=[sock]))
+            while not server.started and not task.done():
+                await asyncio.sleep(0.005)
+            ready.set()
+            await task
+
+        asyncio.run(serve())
+
+    thread = threading.Thread(target=work, name="server", daemon=True)
+    thread.start()
+    ready.wait(30)
+    try:
+        yield int(sock.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(10)

@@ -1,0 +1,100 @@
+"""openpi's websocket protocol, as an unmodified `openpi-client` speaks it: a metadata frame, then observation in and
+actions out; an error is a text frame and the end of the connection (1011)."""
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from fastapi import WebSocket, WebSocketDisconnect
+
+from recap_client import wire
+from recap_model.observation import ObservationError
+from services.common.channel import decode
+from services.common.errors import Fault, bad_field, fault_of
+from services.common.observation import Observation, decoded, with_text_keys
+from services.policy.fronts.images import as_hwc_uint8
+from services.policy.pipeline import milliseconds
+from services.policy.service import PolicyService
+from services.policy.session import Session
+
+DIALECT = "openpi"
+_STATE_KEYS = ("state", "observation/state", "observation.state")
+_IMAGE_PREFIXES = ("observation/images/", "observation.images.", "observation/", "observation.")
+
+
+async def serve_openpi(socket: WebSocket, service: PolicyService) -> None:
+    """Answer one connection until it ends."""
+    await socket.send_bytes(wire.pack(service.welcome()))
+    with service.session(DIALECT) as session, suppress(WebSocketDisconnect, RuntimeError):
+        previous_ms: float | None = None
+        while (event := await socket.receive())["type"] == "websocket.receive":
+            received = time.perf_counter()
+            try:
+                with service.request(DIALECT):
+                    reply = await _answer(service, session, event.get("bytes"), received, previous_ms)
+            except Exception as error:
+                await _refuse(socket, service, fault_of(error))
+                return
+            await socket.send_bytes(reply)
+            previous_ms = milliseconds(received)
+
+
+async def _answer(service: PolicyService, session: Session, data: bytes | None, received: float,
+                  previous_ms: float | None) -> bytes:
+    if data is None:
+        raise bad_field("bad_message", "message", "a binary frame", "a text frame")
+    cameras = service.pipeline.spec.robot.camera_names
+    raw = read_observation(decode(data, service.limits.message), cameras)
+    observation = await decoded(raw, cameras)
+    decode_ms = milliseconds(received)
+    chunk = await service.pipeline.act(session, observation)
+    timing = service.timing(chunk, received, decode_ms)
+    shown = timing if previous_ms is None else timing | {"prev_total_ms": previous_ms}
+    # Every array has the chunk as its leading dimension (openpi's ActionChunkBroker slices all of them).
+    reply = wire.pack({"actions": chunk.actions, "server_timing": shown,
+                       "policy_timing": {"infer_ms": timing["infer_ms"]}})
+    service.record(session, timing, received)
+    service.show_critic(session, raw, seq=0, t_obs=time.monotonic())
+    return reply
+
+
+async def _refuse(socket: WebSocket, service: PolicyService, fault: Fault) -> None:
+    service.report(fault, DIALECT)
+    with suppress(WebSocketDisconnect, RuntimeError):
+        await socket.send_text(f"{fault.code}: {fault.message}")
+        await socket.close(1011, f"{fault.code}; details in the previous frame"[:120])
+
+
+def read_observation(body: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
+    """Find state, frames and prompt under the names in use (ALOHA, LIBERO, LeRobot styles). Raises ObservationError."""
+    nested = body.get("observation")
+    if isinstance(nested, Mapping):
+        body = {**with_text_keys(nested), **body}
+    state = next((body[key] for key in _STATE_KEYS if key in body), None)
+    if state is None:
+        raise ObservationError("state", f"one of the keys {', '.join(_STATE_KEYS)}", f"keys {_shown(body)}")
+    prompt = body.get("prompt", body.get("task"))
+    if isinstance(prompt, bytes):
+        prompt = prompt.decode("utf-8", "replace")
+    if isinstance(prompt, (np.str_, np.bytes_)) or (isinstance(prompt, np.ndarray) and prompt.size == 1):
+        prompt = str(np.asarray(prompt).astype(str).item())
+    if not isinstance(prompt, str):
+        raise ObservationError("prompt", "the task as text under the key prompt", f"keys {_shown(body)}")
+    return Observation(_frames(body, cameras), state, prompt)
+
+
+def _frames(body: Mapping[str, Any], cameras: tuple[str, ...]) -> dict[str, Any]:
+    images = body.get("images")
+    named = with_text_keys(images) if isinstance(images, Mapping) else {}
+    for camera in cameras:
+        if camera not in named:
+            key = next((prefix + camera for prefix in _IMAGE_PREFIXES if prefix + camera in body), None)
+            if key is not None:
+                named[camera] = body[key]
+    return {camera: as_hwc_uint8(frame, f"images[{camera}]") for camera, frame in named.items()}
+
+
+def _shown(body: Mapping[str, Any]) -> list[str]:
+    return sorted(key[:40] for key in body)[:20]

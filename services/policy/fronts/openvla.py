@@ -1,0 +1,132 @@
+"""`POST /act`: the JSON dialects of OpenVLA, OpenVLA-OFT and their relatives. Replies follow the request's dialect."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from recap_model.observation import ObservationError
+from services.common import json_numpy
+from services.common.auth import check_caller
+from services.common.errors import Fault, bad_field, fault_of
+from services.common.http import read_body
+from services.common.observation import Observation
+from services.policy.fronts.images import as_hwc_uint8
+from services.policy.pipeline import Chunk, milliseconds
+from services.policy.service import PolicyService
+
+DIALECT = "openvla"
+ERROR_HEADER = "X-Recap-Error"
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """one_action: OpenVLA proper executes one action a request. envelopes: arrays go back as json-numpy. twice: the
+    whole payload came as JSON inside JSON, and the reply goes back the same way. legacy: errors are "error", 200."""
+
+    one_action: bool
+    envelopes: bool
+    twice: bool
+    legacy: bool
+
+
+def openvla_router(service: PolicyService) -> APIRouter:
+    """The route, to be included in the policy app."""
+    router = APIRouter()
+
+    @router.post("/act")
+    async def act(request: Request) -> JSONResponse:
+        received = time.perf_counter()
+        dialect = _Dialect(False, False, False, False)
+        try:
+            check_caller(request.headers, request.query_params, service.settings.api_key)
+            with service.request(DIALECT), service.session(DIALECT) as session:
+                payload, dialect = _parse(await read_body(request, service.limits.message * 4 // 3))
+                observation = _observation(json_numpy.decode(payload), service.pipeline.spec.robot.camera_names)
+                decode_ms = milliseconds(received)
+                chunk = await service.pipeline.act(session, observation)
+                timing = service.timing(chunk, received, decode_ms)
+                reply = _reply(chunk, dialect, timing["total_ms"])
+                service.record(session, timing, received)
+                return reply
+        except Exception as error:
+            fault = fault_of(error)
+            service.report(fault, DIALECT)
+            return _error(fault, dialect)
+
+    return router
+
+
+def _parse(body: bytes) -> tuple[dict[str, Any], _Dialect]:
+    payload = _object(body)
+    twice = set(payload) == {"encoded"}
+    if twice:
+        if not isinstance(payload["encoded"], str):
+            raise bad_field("bad_message", "encoded", "JSON as text", type(payload["encoded"]).__name__)
+        payload = _object(payload["encoded"])
+    envelopes = json_numpy.contains(payload)
+    wrapped = isinstance(payload.get("observation"), dict)
+    legacy = envelopes and not wrapped
+    return payload, _Dialect("image" in payload and legacy, envelopes, twice, legacy)
+
+
+def _object(data: bytes | str) -> dict[str, Any]:
+    try:
+        payload = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise bad_field("bad_message", "body", "a JSON object", str(error)[:120]) from error
+    if not isinstance(payload, dict):
+        raise bad_field("bad_message", "body", "a JSON object", type(payload).__name__)
+    return payload
+
+
+def _observation(payload: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
+    wrapped = payload.get("observation")
+    body: Mapping[str, Any] = {**payload, **wrapped} if isinstance(wrapped, dict) else payload
+    frames: Mapping[str, Any] = body["images"] if isinstance(body.get("images"), dict) else {}
+    images = {}
+    for index, camera in enumerate(cameras):
+        names = [camera, f"{camera}_image"] + (["image", "full_image"] if index == 0 else [])
+        frame = next((source[name] for source in (frames, body) for name in names if name in source), None)
+        if isinstance(frame, list):
+            frame = _from_list(frame, camera)
+        if frame is not None:
+            images[camera] = as_hwc_uint8(frame, f"images[{camera}]")
+    prompt = next((body[key] for key in ("instruction", "prompt", "task") if key in body), None)
+    return Observation(images, body.get("state"), prompt)
+
+
+def _from_list(frame: list[Any], camera: str) -> Any:
+    try:
+        array = np.asarray(frame)
+    except ValueError as error:
+        raise ObservationError(f"images[{camera}]", "nested lists of equal lengths", str(error)) from error
+    if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
+        return array.astype(np.uint8)
+    return array
+
+
+def _reply(chunk: Chunk, dialect: _Dialect, total_ms: float) -> JSONResponse:
+    if not dialect.envelopes:
+        answer: Any = {"actions": chunk.actions.tolist(), "latency_ms": total_ms}
+    elif dialect.one_action:
+        answer = json_numpy.encode(chunk.actions[0])
+    elif dialect.legacy:
+        answer = [json_numpy.encode(action) for action in chunk.actions]
+    else:
+        answer = {"actions": json_numpy.encode(chunk.actions), "latency_ms": total_ms}
+    return JSONResponse(json.dumps(answer) if dialect.twice else answer)
+
+
+def _error(fault: Fault, dialect: _Dialect) -> JSONResponse:
+    if dialect.legacy:  # what their clients test for; the reason travels beside it
+        reason = f"{fault.code}: {fault.message}".encode("ascii", "replace").decode().replace("\n", " ")
+        return JSONResponse("error", headers={ERROR_HEADER: "".join(c for c in reason if c.isprintable())[:500]})
+    return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)
+
+
