@@ -43,7 +43,7 @@ def pack(obj: Any) -> bytes:
     return packed
 
 
-def unpack(buffer: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
+def unpack(buffer: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
     """Decode one message; arrays are read-only views into `buffer`. Raises WireError, never anything else.
 
     A message above `max_bytes` is refused unread. A broken array is named by its path, e.g. `observation.images.front`.

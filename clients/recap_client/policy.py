@@ -1,0 +1,101 @@
+"""A policy that runs in a service: observation in, chunk of actions out."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recap_client.images import JpegImage, encode_jpeg
+from recap_client.robots.base import Observation
+from recap_client.session import ProtocolError, Session
+from recap_client.spec import RobotSpec
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A reply of the policy.
+
+    actions: float32 [H, A] in the units of the spec, the first meant for the moment `t_obs` (monotonic [s]) of the
+    observation; latency_s: request to reply as seen by the robot; timing: the service's own, milliseconds by stage.
+    """
+
+    actions: NDArray[np.float32]
+    seq: int
+    t_obs: float
+    latency_s: float
+    timing: Mapping[str, float] = field(default_factory=dict)
+
+
+class RemotePolicy:
+    """The policy service at `url` (e.g. ws://127.0.0.1:8000/act) for one robot.
+
+    Refuses a service whose spec differs from the robot's (SpecError). jpeg_quality: send JPEG instead of raw frames
+    (lossy; for thin links). Errors of calls: see `Session.call`.
+    """
+
+    def __init__(self, url: str, spec: RobotSpec, *, robot: str = "robot", jpeg_quality: int | None = None,
+                 timeout_s: float = 5.0, headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
+        self.session = Session(url, "policy", spec, timeout_s=timeout_s, headers=headers)
+        self.spec, self.robot = spec, robot
+        self._jpeg_quality = jpeg_quality
+        self._seq = 0
+        self._episode, self._seed = "", -1
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """name, version and hash of the model that is served."""
+        return {key: str(value) for key, value in self.session.welcome.model.items()}
+
+    def reset(self, episode: str, task: str, seed: int | None = None) -> None:
+        """Start an episode. With a seed (>= 0), flow noise depends on (seed, number of the request) alone."""
+        self._episode, self._seed, self._seq = episode, -1 if seed is None else seed, 0
+        self.session.call({"type": "reset", "robot": self.robot, "episode": episode, "task": task})
+
+    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk:
+        """Ask for the actions that follow `observation`. deadline_s: seconds from now after which it is of no use."""
+        seq, self._seq = self._seq, self._seq + 1
+        message = {
+            "type": "act", "seq": seq, "t_obs": observation.t, "robot": self.robot, "episode": self._episode,
+            "observation": encode_observation(observation, prompt, self._jpeg_quality),
+        }  # fmt: skip
+        if self._seed >= 0:
+            message["seed"] = self._seed
+        if deadline_s is not None:
+            message["deadline_ms"] = deadline_s * 1e3
+        began = time.monotonic()
+        reply = self.session.call(message, deadline_s=deadline_s)
+        latency = time.monotonic() - began
+        actions = reply.get("actions")
+        width = len(self.spec.action)
+        if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != width or not len(actions):
+            got = list(actions.shape) if isinstance(actions, np.ndarray) else type(actions).__name__
+            raise ProtocolError(f"{self.session.url}: actions: expected a float32 array [H, {width}], got {got}")
+        timing = {k: float(v) for k, v in dict(reply.get("server_timing", {})).items()}
+        return Chunk(np.asarray(actions, np.float32), seq, observation.t, latency, timing)
+
+    def outcome(self, success: bool) -> None:
+        """Tell the service how the episode ended."""
+        self.session.call({"type": "outcome", "robot": self.robot, "episode": self._episode, "success": success})
+
+    def clock_offset(self, rounds: int = 5) -> float:
+        """Service clock minus this robot's monotonic clock [s], by the fastest of some pings."""
+        best = (float("inf"), 0.0)
+        for _ in range(rounds):
+            began = time.monotonic()
+            reply = self.session.call({"type": "ping", "t": began})
+            ended = time.monotonic()
+            best = min(best, (ended - began, float(reply["t_server"]) - (began + ended) / 2))
+        return best[1]
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def encode_observation(observation: Observation, prompt: str, jpeg_quality: int | None = None) -> dict[str, object]:
+    """The wire form of an observation: images, state, prompt."""
+    images: dict[str, object] = dict(observation.images)
+    if jpeg_quality is not None:
+        images = {n: JpegImage(encode_jpeg(frame, jpeg_quality)) for n, frame in observation.images.items()}
+    return {"images": images, "state": np.asarray(observation.state, np.float32), "prompt": prompt}

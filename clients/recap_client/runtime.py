@@ -1,0 +1,314 @@
+"""One episode: the fixed-rate loop from observation to action, with takeovers, values and the log.
+
+The same loop runs in real time on a robot and as fast as possible in simulation. Services are asked from threads; when
+a reply is late the robot lives on the rest of its chunk, when that is used up it holds position, and it goes on when
+the service is back.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recap_client.chunks import ChunkQueue
+from recap_client.intervention import TakeoverRule, Watcher
+from recap_client.pace import Caller, Pace
+from recap_client.policy import Chunk
+from recap_client.record import EpisodeInfo, Outcome, Recorder, StepRecord
+from recap_client.robots.base import Observation, Robot, StepResult, Teleoperator
+from recap_client.safety import SafetyLimits, UnsafeAction
+from recap_client.session import ServiceError
+from recap_client.value import Value
+
+_log = logging.getLogger(__name__)
+
+
+class Policy(Protocol):
+    """What the loop needs of a policy; `RemotePolicy` is one."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+    def reset(self, episode: str, task: str, seed: int | None = None) -> None: ...
+    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk: ...
+    def outcome(self, success: bool) -> None: ...
+
+
+class Critic(Protocol):
+    """What the loop needs of a critic; `RemoteCritic` is one."""
+
+    def reset(self, episode: str, task: str) -> None: ...
+    def observe(self, observation: Observation, prompt: str, *, act_latency_s: float | None = None,
+                deadline_s: float | None = None) -> Value: ...  # fmt: skip
+    def outcome(self, success: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """execute: actions of a chunk before asking again. realtime: keep the control rate, else as fast as possible.
+    deadline_s: after which a reply is of no use (None: 0.4 s in real time, the session's timeout else).
+    record_images: False records no frames, and renders only what is asked for. max_change: see `SafetyLimits`.
+    image_format: see `Recorder`."""
+
+    execute: int = 4
+    realtime: bool = True
+    deadline_s: float | None = None
+    record_images: bool = True
+    max_change: float | None = None
+    image_format: str = "png"
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What one episode came to.
+
+    success None = not known (stopped by the operator). steps: control steps, each 1 / control_hz of robot time.
+    missed_deadlines: steps whose action came late or (starved) not at all. act_latency_s: one per reply.
+    values: (step, value) pairs. intervened: steps under the operator. recording: its path; record_error: why it is not
+    whole. progress_alarms: values that came with an alarm.
+    """
+
+    task: str
+    task_name: str
+    seed: int
+    episode: str
+    success: bool | None
+    reason: str
+    steps: int
+    missed_deadlines: int
+    starved: int
+    clipped: int
+    intervened: int
+    act_latency_s: tuple[float, ...] = ()
+    values: tuple[tuple[int, float], ...] = ()
+    style: str | None = None
+    recording: str | None = None
+    record_error: str | None = None
+    alarms: int = 0
+
+
+def run_episode(robot: Robot, task: str, seed: int, *, policy: Policy | None = None, critic: Critic | None = None,
+                teleoperator: Callable[[], Teleoperator] | None = None, intervention: TakeoverRule | None = None,
+                recording: Path | None = None, settings: LoopSettings | None = None,
+                episode: str | None = None) -> EpisodeResult:  # fmt: skip
+    """Run one episode of `task` (name or prompt) from `seed` to success, time-out, Ctrl-C or a broken robot.
+
+    Without a policy, the teleoperator demonstrates. With `intervention`, it takes over by that rule, which needs the
+    critic. recording: path of the `.mcap` to write. A reset that a service refuses raises ServiceError; later failures
+    of services are survived. Ctrl-C ends the episode with reason "operator" and everything recorded; an exception of
+    the robot ends it with reason "error", everything recorded, and is raised again.
+    """
+    if policy is None and teleoperator is None:
+        raise ValueError("run_episode: expected a policy, a teleoperator, or both; got neither")
+    if intervention is not None and (critic is None or teleoperator is None):
+        raise ValueError("run_episode: intervention: expected a critic and a teleoperator with it")
+    loop = _Loop(robot, task, seed, policy, critic, teleoperator, intervention, settings or LoopSettings(),
+                 episode or f"{task}-{seed}")  # fmt: skip
+    return loop.run(recording)
+
+
+@dataclass
+class _Tally:
+    steps: int = 0
+    starved: int = 0
+    intervened: int = 0
+    alarms: int = 0
+    latency: list[float] = field(default_factory=list)
+    values: list[tuple[int, float]] = field(default_factory=list)
+    failing: bool = False
+
+
+class _Loop:
+    """State of one running episode."""
+
+    def __init__(self, robot: Robot, task: str, seed: int, policy: Policy | None, critic: Critic | None,
+                 teleoperator: Callable[[], Teleoperator] | None, rule: TakeoverRule | None, settings: LoopSettings,
+                 episode: str) -> None:  # fmt: skip
+        self.robot, self.task, self.seed, self.episode, self.settings = robot, task, seed, episode, settings
+        self.policy, self.critic = policy, critic
+        self.prompt = robot.prompt(task)
+        self.make_human = teleoperator
+        self.human: Teleoperator | None = None
+        self.watcher: Watcher | None = rule.watcher(seed) if rule else None
+        self.queue = ChunkQueue(settings.execute)
+        self.safety = SafetyLimits(robot.spec, settings.max_change)
+        self.asking: Caller[Chunk] = Caller("act")
+        self.judging: Caller[Value] = Caller("value")
+        self.recorder: Recorder | None = None
+        self.tally = _Tally()
+        self.judged = -settings.execute
+        self.deadline_s = settings.deadline_s or (0.4 if settings.realtime else None)
+
+    def run(self, recording: Path | None) -> EpisodeResult:
+        self.robot.reset(self.task, self.seed)
+        if self.policy is not None:
+            self.policy.reset(self.episode, self.prompt, self.seed)
+        elif self.make_human is not None:
+            self.human = self.make_human()
+        if self.critic is not None:
+            self.critic.reset(self.episode, self.prompt)
+        if recording is not None:
+            self.recorder = Recorder(recording, self._info(), image_format=self.settings.image_format,
+                                     wait=not self.settings.realtime)  # fmt: skip
+        if self.settings.realtime:
+            self.robot.observe()  # the first frame opens cameras; that is not part of the episode
+        self.pace = Pace(1.0 / self.robot.spec.control_hz, self.settings.realtime)
+        success, reason = None, "error"
+        try:
+            result = self._steps()
+            success, reason = result.success, "success" if result.success else "timeout"
+        except KeyboardInterrupt:
+            reason = "operator"
+        finally:
+            self.asking.close()
+            self.judging.close()
+            error = self._end(success, reason)
+        return self._result(success, reason, recording, error)
+
+    def _steps(self) -> StepResult:
+        while True:
+            step = self.tally.steps
+            self.pace.wait(step)
+            observation = self.robot.observe() if self._must_look(step) else None
+            value = self._judge(step, observation)
+            command, chunk = self._choose(step, observation)
+            result = self._apply(command)
+            self.tally.steps += 1
+            self._note(step, observation, command, chunk, value, result)
+            if command is None:
+                self.pace.idle()
+            self.pace.end(step)
+            if result.done:
+                return result
+
+    def _must_look(self, step: int) -> bool:
+        if self.settings.realtime or (self.recorder is not None and self.settings.record_images):
+            return True
+        asks = self.policy is not None and self.human is None and self.queue.wants_chunk(step)
+        return asks or self._must_judge(step) or self.recorder is not None
+
+    def _must_judge(self, step: int) -> bool:
+        return self.critic is not None and not self.judging.busy and step - self.judged >= self.settings.execute
+
+    def _judge(self, step: int, observation: Observation | None) -> float | None:
+        """Start a call to the critic when one is due, take what is there, let the operator see it."""
+        critic = self.critic
+        if critic is None:
+            return None
+        if self._must_judge(step) and observation is not None:
+            seen, latency, self.judged = observation, self.tally.latency[-1:], step
+            newest = latency[0] if latency else None
+            self.judging.start(step, lambda: critic.observe(
+                seen, self.prompt, act_latency_s=newest, deadline_s=self.deadline_s))  # fmt: skip
+            # the policy can work at the same time
+            self._ask(step, observation)
+        try:
+            done = self.judging.result(self.pace.patience(step))
+        except ServiceError as error:
+            self._service_failed("critic", error)
+            return None
+        if done is None:
+            return None
+        at, value = done
+        self.tally.values.append((at, value.value))
+        self.tally.alarms += int(value.alarm)
+        if self.watcher and self.watcher.see(at * self.pace.period_s, value.value) and self.human is None:
+            self._take_over(step)
+        return value.value
+
+    def _take_over(self, step: int) -> None:
+        assert self.make_human is not None
+        self.human = self.make_human()
+        self.queue.clear()
+        _log.info("%s: the operator takes over at step %d", self.episode, step)
+
+    def _ask(self, step: int, observation: Observation | None) -> None:
+        policy = self.policy
+        if policy is None or self.human is not None or self.asking.busy or observation is None:
+            return
+        if self.queue.wants_chunk(step):
+            self.asking.start(step, lambda: policy.infer(observation, self.prompt, deadline_s=self.deadline_s))
+
+    def _choose(self, step: int, observation: Observation | None) -> tuple[NDArray[np.float32] | None, int]:
+        """The command of this step (None = hold) and the chunk it comes from."""
+        if self.human is not None:
+            return self._safe(self.human.action()), -1
+        self._ask(step, observation)
+        try:
+            done = self.asking.result(self.pace.patience(step))
+            if done is not None:
+                at, chunk = done
+                self.queue.put(chunk.actions, at, chunk.seq)
+                self.tally.latency.append(chunk.latency_s)
+                self.tally.failing = False
+        except ServiceError as error:
+            self._service_failed("policy", error)
+        due = self.queue.at(step)
+        if due is None:
+            self.tally.starved += 1
+            return None, -1
+        return self._safe(due.action), due.chunk
+
+    def _safe(self, action: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        try:
+            return self.safety(action)
+        except UnsafeAction as error:
+            _log.error("%s: step %d: %s; holding position", self.episode, self.tally.steps, error)
+            self.queue.clear()
+            self.tally.starved += 1
+            return None
+
+    def _apply(self, command: NDArray[np.float32] | None) -> StepResult:
+        return self.robot.hold() if command is None else self.robot.act(command)
+
+    def _note(self, step: int, observation: Observation | None, command: NDArray[np.float32] | None, chunk: int,
+              value: float | None, result: StepResult) -> None:  # fmt: skip
+        intervened = self.human is not None and self.policy is not None
+        self.tally.intervened += intervened
+        if self.recorder is None or observation is None:
+            return
+        applied = result.action if result.action is not None else command
+        if applied is None:
+            applied = np.full(len(self.robot.spec.action), np.nan, np.float32)  # a hold that the robot does not explain
+        images = observation.images if self.settings.record_images else {}
+        proposed = command if self.human is None else None
+        self.recorder.step(StepRecord(step, observation.t, observation.state, applied, images, proposed, chunk,
+                                      intervened, value))  # fmt: skip
+
+    def _service_failed(self, what: str, error: ServiceError) -> None:
+        if not self.tally.failing:  # once per outage, not twenty times a second
+            _log.warning("%s: step %d: %s: %s", self.episode, self.tally.steps, what, error)
+        self.tally.failing = True
+
+    def _end(self, success: bool | None, reason: str) -> str | None:
+        error = None
+        if self.recorder is not None:
+            missed = self.pace.missed + self.tally.starved
+            failure = self.recorder.close(Outcome(success, self.tally.steps, reason, missed))
+            error = None if failure is None else str(failure)
+        for service in (self.policy, self.critic):
+            if service is not None and success is not None:
+                try:
+                    service.outcome(success)
+                except ServiceError as problem:
+                    _log.warning("%s: the outcome was not delivered: %s", self.episode, problem)
+        return error
+
+    def _info(self) -> EpisodeInfo:
+        return EpisodeInfo(
+            self.robot.spec, self.prompt, self.task, self.seed, self.episode,
+            policy=dict(self.policy.identity) if self.policy else None, demonstration=self.policy is None,
+            style=self.human.style if self.human else None,
+        )  # fmt: skip
+
+    def _result(self, success: bool | None, reason: str, recording: Path | None, error: str | None) -> EpisodeResult:
+        tally = self.tally
+        return EpisodeResult(
+            self.prompt, self.task, self.seed, self.episode, success, reason, tally.steps,
+            self.pace.missed + tally.starved, tally.starved, self.safety.clipped, tally.intervened,
+            tuple(tally.latency), tuple(tally.values), self.human.style if self.human else None,
+            str(recording) if recording else None, error, tally.alarms,
+        )  # fmt: skip
