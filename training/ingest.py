@@ -177,7 +177,7 @@ def _provenance(rollout: Rollout, source: Source) -> dict[str, Any]:
 def _incomplete(rollout: Rollout, keep: bool) -> str:
     """Why a recording is left out; empty when it is used."""
     if not rollout.steps:
-        return "no complete step in it"
+        return "it was not closed and no step of it is readable" if not rollout.complete else "it holds no step"
     if rollout.success is not None or keep:
         return ""
     if rollout.complete:
