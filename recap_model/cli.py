@@ -11,7 +11,7 @@ from importlib import import_module
 
 # name -> (module:function, help). The function takes argv after the name and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("services.demo:main", "serve the shipped models and drive a simulated arm with them, live"),
+    "demo": ("services.demo.cli:main", "serve the shipped models and drive a simulated arm with them, live"),
     "doctor": ("recap_model.doctor:main", "what works on this machine, and what to install for the rest"),
     "loop": ("training.cli_loop:loop", "the whole circle in simulation: collect ... evaluate, resumable"),
     "collect": ("training.evaluate:collect", "record episodes of the simulated robot (script or served policy)"),
