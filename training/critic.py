@@ -28,7 +28,7 @@ from training.loader import Loader, Sampler, split_episodes
 from training.loop import autocast_vision, fit
 from training.policy import padded_vocabulary
 from training.settings import CriticSettings
-from training.table import TableSource, load_table
+from training.table import TableSource, image_side, load_table
 
 
 def train_critic(
@@ -79,7 +79,9 @@ def train_critic(
         fold_of,
         dataset_hash=source.hash,
         critic_hash=manifest.hash,
+        returns_hash=source.labels_hash,
         parameters={"folds": folds},
+        metrics=report,
     )
     return manifest
 
@@ -174,7 +176,7 @@ def _start(
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
     stats = {"state": NormStats.of(source.table.state)}
     config = CriticConfig(
-        settings.vision,
+        replace(settings.vision, image_size=image_side(robot)),
         replace(settings.language, vocabulary=padded_vocabulary(tokenizer)),
         cameras=len(robot.cameras),
         state_dim=len(robot.state),

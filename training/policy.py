@@ -23,7 +23,7 @@ from training.checkpoint import write_checkpoint
 from training.loader import Batch, FrameTable, Loader, Sampler
 from training.loop import autocast_vision, fit
 from training.settings import PolicySettings
-from training.table import TableSource, load_table
+from training.table import TableSource, image_side, load_table
 
 Mode = Literal["imitation", "recap", "expert"]
 
@@ -119,7 +119,7 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
     robot = source.robot
     config = PolicyConfig(
-        settings.vision,
+        replace(settings.vision, image_size=image_side(robot)),
         replace(settings.language, vocabulary=padded_vocabulary(tokenizer)),
         settings.expert,
         cameras=len(robot.cameras),

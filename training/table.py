@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from recap_client.spec import RobotSpec, require_equal
+from recap_client.spec import RobotSpec, SpecError, require_equal
 from rich.progress import track
 
 from recap_model import conditioning
@@ -47,13 +47,26 @@ def load_table(dataset: Path, *, labels: Path | None = None, returns: Path | Non
     return TableSource(table, robot, data.hash)
 
 
+def image_side(robot: RobotSpec) -> int:
+    """The side in px of all cameras' frames. The tower takes one square size for all; anything else is refused."""
+    sizes = {(camera.height, camera.width) for camera in robot.cameras}
+    height, width = next(iter(sizes))
+    if len(sizes) != 1 or height != width or height % 16:
+        got = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in robot.cameras)
+        raise SpecError(
+            f"cameras: expected square frames of one size, a multiple of 16 px, got {got}; "
+            "record (or resize) the cameras at one size before ingesting"
+        )
+    return height
+
+
 def _frames(data: Dataset) -> tuple[FrameTable, RobotSpec]:
     episodes = list(data.episodes)
     tasks = tuple(sorted({episode.task for episode in episodes}))
     robot = replace(data.spec, tasks=tasks)
     total = sum(len(episode.state) for episode in episodes)
-    camera = robot.cameras[0]
-    images = np.empty((total, len(robot.cameras), camera.height, camera.width, 3), np.uint8)
+    side = image_side(robot)
+    images = np.empty((total, len(robot.cameras), side, side, 3), np.uint8)
     states, row = [], 0
     progress: Iterable = track(episodes, "reading frames", disable=total < 2000)  # type: ignore[type-arg]
     for episode in progress:
