@@ -131,7 +131,8 @@ class Channel:
         except Exception as error:
             fault = fault_of(error)
             if fault.code == "internal":
-                log.exception("request failed", type=received.body.get("type"))
+                log.error("request failed", type=received.body.get("type"), error=fault.message,
+                          exc_info=not isinstance(error, ServiceError))
             reply = error_message(fault, received.body.get("seq"))
         await self._reply(reply)
 

@@ -16,7 +16,9 @@ def configure(log_format: LogFormat, *, level: int = logging.INFO) -> None:
     if log_format == "json":
         renderer: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        renderer = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Plain tracebacks: the decorated ones take seconds to draw, in which no robot is answered.
+        renderer = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(),
+                                                  exception_formatter=structlog.dev.plain_traceback)]
     structlog.configure(processors=[*shared, *renderer], wrapper_class=structlog.make_filtering_bound_logger(level),
                         logger_factory=structlog.PrintLoggerFactory(sys.stderr), cache_logger_on_first_use=False)
     formatter = structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[
@@ -26,6 +28,12 @@ def configure(log_format: LogFormat, *, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # the server's own chatter about connections is not an event of ours
+
+
+def ensure_configured() -> None:
+    """Console logs, unless the program that embeds the service has set up structlog already."""
+    if not structlog.is_configured():
+        configure("console")
 
 
 def get_logger(name: str) -> Any:

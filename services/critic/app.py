@@ -16,6 +16,7 @@ from services.common.engine import Engine
 from services.common.errors import ServiceError, bad_field, fault_of
 from services.common.health import health_router
 from services.common.http import read_body
+from services.common.logs import ensure_configured
 from services.common.settings import CriticSettings
 from services.critic.service import CriticService
 
@@ -28,6 +29,7 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
 
     `app.state.service`, `app.state.connections` and `app.state.limits` as on the policy app.
     """
+    ensure_configured()
     service = CriticService(engine, settings)
 
     @asynccontextmanager

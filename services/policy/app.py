@@ -11,6 +11,7 @@ from services.common.channel import SUBPROTOCOL
 from services.common.engine import Engine
 from services.common.errors import ServiceError
 from services.common.health import health_router
+from services.common.logs import ensure_configured
 from services.common.settings import PolicySettings
 from services.policy.fronts.native import serve_native
 from services.policy.fronts.openpi import serve_openpi
@@ -24,6 +25,7 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
     `app.state.service` is the `PolicyService`, `app.state.connections` what a server drains, `app.state.limits` the
     sizes it must allow.
     """
+    ensure_configured()
     service = PolicyService(engine, settings)
 
     @asynccontextmanager

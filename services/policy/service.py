@@ -12,7 +12,7 @@ from recap_model.spec import spec_to_json
 from services.common.batcher import Batcher
 from services.common.drain import Connections
 from services.common.engine import Engine
-from services.common.errors import Fault, fault_of
+from services.common.errors import Fault, ServiceError, fault_of
 from services.common.logs import get_logger
 from services.common.metrics import PolicyMetrics
 from services.common.observation import Observation
@@ -85,7 +85,7 @@ class PolicyService:
             fault = fault_of(error)
             self.metrics.count(dialect, fault.code)
             if fault.code == "internal":
-                log.error("act failed", dialect=dialect, exc_info=True)
+                log.error("act failed", dialect=dialect, error=fault.message, exc_info=not isinstance(error, ServiceError))
             raise
         self.metrics.count(dialect, "ok")
 

@@ -1,0 +1,161 @@
+"""The batcher: company only when the engine is busy, the newest of a session, deadlines, failures."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from repository_factory import CHUNK, MAX_TOKENS
+from service_harness import SpyEngine
+from services.common.batcher import Batcher
+from services.common.engine import load_engine
+from services.common.errors import ServiceError
+
+
+def sample(seed: int) -> dict[str, Any]:
+    g = np.random.default_rng(seed)
+    return {"images": g.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8),
+            "state": g.normal(size=4).astype(np.float32), "tokens": g.integers(1, 9, MAX_TOKENS, dtype=np.int32),
+            "token_mask": np.arange(MAX_TOKENS) < 6, "noise": g.normal(size=(CHUNK, 4)).astype(np.float32)}
+
+
+@asynccontextmanager
+async def batching(models: Path) -> AsyncIterator[tuple[Batcher, SpyEngine]]:
+    engine = SpyEngine(load_engine(models, "policy"))
+    batcher = Batcher(engine)
+    try:
+        yield batcher, engine
+    finally:
+        engine.gate.set()
+        batcher.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 30))  # type: ignore[arg-type]
+
+
+async def busy(batcher: Batcher, engine: SpyEngine) -> "asyncio.Task[Any]":
+    """Occupy the engine with one request."""
+    engine.entered.clear()
+    engine.gate.clear()
+    task = asyncio.create_task(batcher.run("blocker", sample(99)))
+    await asyncio.to_thread(engine.entered.wait, 10)
+    return task
+
+
+def test_requests_that_wait_share_one_run_and_get_what_they_would_get_alone(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            alone = [(await batcher.run(i, sample(i))).outputs["actions"] for i in range(7)]
+            blocker = await busy(batcher, engine)
+            waiting = [asyncio.create_task(batcher.run(i, sample(i))) for i in range(7)]
+            await asyncio.sleep(0.05)
+            engine.gate.set()
+            answers = await asyncio.gather(*waiting)
+            await blocker
+            assert [len(call["state"]) for call in engine.calls] == [1] * 7 + [1, 7]
+            assert {answer.batch for answer in answers} == {7}
+            for one, answer in zip(alone, answers, strict=True):
+                np.testing.assert_allclose(one, answer.outputs["actions"], atol=1e-6)
+    run(test)
+
+
+def test_more_than_the_largest_batch_is_served_in_order(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            waiting = [asyncio.create_task(batcher.run(i, sample(i))) for i in range(11)]
+            await asyncio.sleep(0.05)
+            engine.gate.set()
+            assert [answer.batch for answer in await asyncio.gather(*waiting)] == [8] * 8 + [3] * 3
+            await blocker
+    run(test)
+
+
+def test_a_newer_request_of_a_session_takes_the_place_of_the_older(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            old = asyncio.create_task(batcher.run("a", sample(1)))
+            other = asyncio.create_task(batcher.run("b", sample(2)))
+            await asyncio.sleep(0.01)
+            new = asyncio.create_task(batcher.run("a", sample(3)))
+            with pytest.raises(ServiceError) as error:
+                await old  # at once: the engine is still held
+            assert error.value.fault.code == "superseded"
+            engine.gate.set()
+            await asyncio.gather(new, other, blocker)
+            np.testing.assert_array_equal(engine.calls[-1]["state"], [sample(3)["state"], sample(2)["state"]])
+    run(test)
+
+
+def test_a_deadline_is_answered_while_the_engine_is_busy(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            with pytest.raises(ServiceError) as error:
+                await batcher.run("a", sample(1), deadline_s=0.01)
+            assert error.value.fault.code == "deadline" and not blocker.done() and batcher.depth == 0
+            engine.gate.set()
+            await blocker
+            assert len(engine.calls) == 1  # what was given up is not run
+    run(test)
+
+
+def test_a_deadline_holds_for_a_request_that_already_runs(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            engine.gate.clear()
+            with pytest.raises(ServiceError) as error:
+                await batcher.run("a", sample(1), deadline_s=0.02)
+            assert error.value.fault.code == "deadline"
+    run(test)
+
+
+def test_a_caller_that_leaves_is_forgotten(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            gone = asyncio.create_task(batcher.run("a", sample(1)))
+            await asyncio.sleep(0.01)
+            gone.cancel()
+            await asyncio.sleep(0.01)
+            assert batcher.depth == 0
+            engine.gate.set()
+            await blocker
+            assert len(engine.calls) == 1
+    run(test)
+
+
+def test_an_engine_that_raises_fails_its_batch_and_serves_the_next(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            engine.failure = RuntimeError("out of memory")
+            with pytest.raises(ServiceError, match="out of memory") as error:
+                await batcher.run("a", sample(1))
+            assert error.value.fault.code == "internal" and "out of memory" in str(batcher.last_error)
+            engine.failure = None
+            await batcher.run("a", sample(1))
+            assert batcher.last_error is None
+    run(test)
+
+
+def test_closing_answers_what_waits(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            waiting = asyncio.create_task(batcher.run("a", sample(1)))
+            await asyncio.sleep(0.01)
+            threading.Timer(0.1, engine.gate.set).start()  # close waits for the batch that runs
+            batcher.close()
+            for task in (waiting, asyncio.create_task(batcher.run("b", sample(2)))):
+                with pytest.raises(ServiceError) as error:
+                    await task
+                assert error.value.fault.code == "shutting_down"
+            await blocker
+    run(test)
