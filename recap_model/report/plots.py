@@ -156,9 +156,17 @@ def _bars(axes: Axes, names: Sequence[str], intervals: Sequence[Interval], colou
         height=0.62,
         error_kw={"ecolor": INK, "elinewidth": 1.1, "capsize": 3},
     )
+    widest = max([item.high for item in intervals], default=1.0)
     for i, item in enumerate(intervals):
+        inside = item.value > 0.12 * widest
         axes.annotate(
-            f"{item.value:.2f}", (0, i), (5, 0), textcoords="offset points", va="center", color="white", fontsize=9
+            f"{item.value:.2f}",
+            (0, i),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color="white" if inside else INK,
+            fontsize=9,
         )
     axes.grid(axis="y", visible=False)
 

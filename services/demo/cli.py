@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.console import Console
+
 from recap_client.record import read_rollout
 from recap_client.robots.metaworld import TASKS, metaworld_spec
 from recap_client.runtime import EpisodeResult
-from rich.console import Console
-
 from recap_model.manifest import Manifest, read_manifest
 from recap_model.spec import read_spec
 from services.demo import drive

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from recap_client.policy import RemotePolicy
 from recap_client.robots.base import Observation, Robot, RobotError, StepResult
 from recap_client.robots.metaworld import MetaWorldRobot

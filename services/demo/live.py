@@ -6,13 +6,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from recap_client.runtime import EpisodeResult
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from recap_client.runtime import EpisodeResult
 from services.demo.drive import Job
 
 _WIDTH = 34

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from recap_client.record import read_rollout
 from recap_client.rollout import Rollout
-
 from recap_model.report import film, html, plots, video
-from services.demo.summary import Episode, Summary, latencies_ms, wilson
+from recap_model.statistics import wilson
+from services.demo.summary import Episode, Summary, latencies_ms
 from services.demo.values import values_at
 
 _CLIPS_A_TASK, _DRILL_CLIPS = 2, 2

@@ -1,17 +1,17 @@
 """What the demo came to: the numbers of its last line, and all of them in demo.json."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from recap_client.runtime import EpisodeResult
-
-from services.demo.values import area_under_curve, value_midway
-
-_Z95 = 1.959964
+from recap_model.statistics import auc
+from services.demo.values import value_midway
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def summarise(episodes: Sequence[Episode]) -> Summary:
     span = sum(item.span_s for item in counted)
     judged = [(value_midway(list(item.values), item.result.steps), item.success) for item in episodes]
     known = [(value, success) for value, success in judged if value is not None]
+    area = auc([value for value, _ in known], [success for _, success in known])
     return Summary(
         episodes=len(counted),
         success_rate=sum(item.success for item in counted) / max(1, len(counted)),
@@ -67,7 +68,7 @@ def summarise(episodes: Sequence[Episode]) -> Summary:
         act_p50_ms=float(np.percentile(latencies, 50)) if len(latencies) else 0.0,
         act_p99_ms=float(np.percentile(latencies, 99)) if len(latencies) else 0.0,
         deadline_misses=sum(item.result.missed_deadlines for item in counted),
-        value_auc=area_under_curve([value for value, _ in known], [success for _, success in known]),
+        value_auc=None if math.isnan(area) else area,
     )
 
 
@@ -75,15 +76,6 @@ def latencies_ms(episodes: Sequence[Episode]) -> "np.ndarray[Any, np.dtype[np.fl
     """Of every chunk of the counted episodes, in milliseconds."""
     seconds = [latency for item in episodes if not item.drill for latency in item.result.act_latency_s]
     return 1e3 * np.array(seconds, np.float64)
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """95 % interval of a success rate."""
-    if count == 0:
-        return 0.0, 1.0
-    rate, square = successes / count, _Z95**2 / count
-    centre, half = rate + square / 2, _Z95 * np.sqrt(rate * (1 - rate) / count + square / 4 / count)
-    return float(max(0.0, (centre - half) / (1 + square))), float(min(1.0, (centre + half) / (1 + square)))
 
 
 def write_json(path: Path, summary: Summary, episodes: Sequence[Episode], settings: dict[str, Any]) -> None:

@@ -110,13 +110,3 @@ def value_midway(history: list[tuple[float, float]], steps: int) -> float | None
     curve = values_at(history, steps)
     low, high = int(0.4 * (steps - 1)), int(np.ceil(0.6 * (steps - 1)))
     return float(curve[low : high + 1].mean())
-
-
-def area_under_curve(scores: list[float], positive: list[bool]) -> float | None:
-    """Probability that a success scores above a failure (ties count half); None without both kinds."""
-    good = np.array([score for score, is_positive in zip(scores, positive, strict=True) if is_positive])
-    bad = np.array([score for score, is_positive in zip(scores, positive, strict=True) if not is_positive])
-    if not len(good) or not len(bad):
-        return None
-    wins = (good[:, None] > bad).sum() + 0.5 * (good[:, None] == bad).sum()
-    return float(wins / (len(good) * len(bad)))
