@@ -135,6 +135,7 @@ class _Supervisor:
         self._args = args
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, BaseProcess] = {}
+        self._ready: dict[str, Any] = {}  # held here: a child that starts up must still find its event
         self._starts: dict[str, list[float]] = {"policy": [], "critic": []}
         self._wake_read, self._wake_write = multiprocessing.Pipe(duplex=False)
         self._stopping = False
@@ -158,7 +159,7 @@ class _Supervisor:
         at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._args.host, _url_host(self._args.host))
         url = self._args.critic_url or f"ws://{at}:{self._args.critic_port}/value"
         args = replace(self._args, what=what, critic_url=url)  # type: ignore[arg-type]
-        ready = self._context.Event()
+        ready = self._ready[what] = self._context.Event()
         child = self._context.Process(target=serve_child, args=(args, ready), name=f"recap-{what}")
         child.start()
         self._children[what] = child

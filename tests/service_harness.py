@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from recap_client import wire
 from repository_factory import TASKS
 from services.common.engine import Engine, load_engine
-from services.common.server import running
+from services.common.server import Running, running
 from services.common.settings import CriticSettings, PolicySettings
 from services.critic.app import create_app as create_critic_app
 from services.policy.app import create_app as create_policy_app
@@ -61,9 +61,13 @@ class SpyEngine:
 class Served:
     """A running service."""
 
-    port: int
+    running: Running
     service: Any
     engine: SpyEngine
+
+    @property
+    def port(self) -> int:
+        return self.running.port
 
     def url(self, path: str = "/act") -> str:
         return f"ws://127.0.0.1:{self.port}{path}"

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
@@ -57,6 +58,17 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A served app. `stop` begins the draining and returns at once."""
+
+    server: DrainingServer
+    port: int
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+
+
 def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
     """A server for an app of `services.policy.app` or `services.critic.app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="websockets-sansio",
@@ -66,8 +78,8 @@ def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
 
 
 @contextmanager
-def running(app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    """Serve `app` from a thread of this process; yields the port, drains at the end."""
+def running(app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[Running]:
+    """Serve `app` from a thread of this process; drains at the end."""
     sock = bind(host, port)
     server = make_server(app, limits)
     ready = threading.Event()
@@ -86,7 +98,7 @@ def running(app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int 
     thread.start()
     ready.wait(30)
     try:
-        yield int(sock.getsockname()[1])
+        yield Running(server, int(sock.getsockname()[1]))
     finally:
         server.should_exit = True
         thread.join(10)

@@ -85,7 +85,8 @@ class PolicyService:
             fault = fault_of(error)
             self.metrics.count(dialect, fault.code)
             if fault.code == "internal":
-                log.error("act failed", dialect=dialect, error=fault.message, exc_info=not isinstance(error, ServiceError))
+                log.error("act failed", dialect=dialect, error=fault.message,
+                          exc_info=not isinstance(error, ServiceError))
             raise
         self.metrics.count(dialect, "ok")
 

@@ -56,7 +56,7 @@ def test_observation_dialects_reach_the_model_as_the_same_inputs(served: Served)
     slash = {f"observation/{name}": image for name, image in images.items()}
     dialects = [
         seen,
-        {"images": {name: image.transpose(2, 0, 1) for name, image in images.items()}, "state": state, "prompt": prompt},
+        seen | {"images": {name: image.transpose(2, 0, 1) for name, image in images.items()}},
         slash | {"observation/state": state.astype(np.float64), "prompt": prompt},
         {f"observation/images/{name}": image for name, image in images.items()} | {"observation/state": state,
                                                                                   "prompt": prompt},

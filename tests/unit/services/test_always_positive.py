@@ -55,8 +55,9 @@ def exchange(served: Served, data: bytes, native: bool) -> None:
 
 prompts = st.one_of(
     st.text(max_size=60), st.sampled_from(TASKS),
-    st.builds(lambda a, b, c: a + b + c, st.sampled_from(TASKS), st.sampled_from(
-        ["\nAdvantage: negative\n", " advantage : NEGATIVE", "\nAdvantage:negative", " negative", "\n"]), st.text(max_size=9)))
+    st.builds(lambda task, clause, rest: task + clause + rest, st.sampled_from(TASKS), st.sampled_from(
+        ["\nAdvantage: negative\n", " advantage : NEGATIVE", "\nAdvantage:negative", " negative", "\n"]),
+        st.text(max_size=9)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -164,7 +164,8 @@ def test_a_listener_gets_the_past_and_then_what_happens(served: Served) -> None:
             client.ask(observe(4, -0.5, robot="streamer", episode="s1", act_latency_ms=7.5,
                                observation=observation(SPEC, prompt=TASKS[1])))
             value = next(events)
-            assert (value["type"], value["robot"], value["episode"], value["latency_ms"]) == ("value", "streamer", "s1", 7.5)
+            assert (value["type"], value["robot"], value["episode"]) == ("value", "streamer", "s1")
+            assert value["latency_ms"] == 7.5
             assert {"task", "step", "value", "progress", "alarm"} <= set(value)
             client.ask({"type": "outcome", "robot": "streamer", "episode": "s1", "success": True})
             outcome = next(events)

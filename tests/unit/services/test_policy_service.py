@@ -48,7 +48,8 @@ def test_a_chunk_is_what_the_model_makes_of_the_observation_and_the_seed(client:
     tokens, mask = served.engine.tokenizer(conditioning.positive_prompt(seen["prompt"]))
     noise = np.random.default_rng([11, 7]).standard_normal((CHUNK, 4), dtype=np.float32)
     images = np.stack([seen["images"]["front"], seen["images"]["top"]])
-    np.testing.assert_allclose(reply["actions"], expected_actions(images, seen["state"], tokens, mask, noise), atol=1e-4)
+    want = expected_actions(images, seen["state"], tokens, mask, noise)
+    np.testing.assert_allclose(reply["actions"], want, atol=1e-4)
     timing = reply["server_timing"]
     assert {"decode_ms", "queue_ms", "infer_ms", "encode_ms", "total_ms"} <= set(timing)
     assert all(isinstance(value, float) and value >= 0 for value in timing.values())
@@ -65,7 +66,8 @@ def test_jpeg_frames_reach_the_model_as_their_pixels(client: NativeClient, serve
     seen = observation(SPEC)
     files = {name: encode_jpeg(image, 95) for name, image in seen["images"].items()}
     client.ask(act(SPEC, observation=seen | {"images": {k: JpegImage(v) for k, v in files.items()}}))
-    np.testing.assert_array_equal(served.engine.calls[-1]["images"][0], [decode_jpeg(files[c]) for c in ("front", "top")])
+    pixels = [decode_jpeg(files[camera]) for camera in ("front", "top")]
+    np.testing.assert_array_equal(served.engine.calls[-1]["images"][0], pixels)
 
 
 def test_reset_outcome_and_ping_are_answered(client: NativeClient) -> None:
@@ -82,7 +84,7 @@ def test_the_newest_observation_of_a_session_wins(served: Served, client: Native
         for seq in (2, 3, 4):
             client.send(act(SPEC, seq))
         replaced = [client.receive() for _ in range(2)]
-    assert [(r["type"], r["seq"], r["code"]) for r in replaced] == [("error", 2, "superseded"), ("error", 3, "superseded")]
+    assert [(reply["seq"], reply["code"]) for reply in replaced] == [(2, "superseded"), (3, "superseded")]
     assert [client.receive()["seq"] for _ in range(2)] == [1, 4]
 
 
