@@ -119,6 +119,7 @@ class Recorder:
         self._wall_offset = time.time() - time.monotonic()
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
+            _set_aside(self.part)
             self._stream = self.part.open("wb")
             self._writer: Any = Writer(self._stream, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
             self._channels = self._begin(info)
@@ -239,6 +240,15 @@ class Recorder:
             "what was written before stays readable: free the disk or choose another folder"
         )
         _log.error("%s", self._state.error)
+
+
+def _set_aside(part: Path) -> None:
+    """What an interrupted run left under this name is kept, as `.part.N`."""
+    if part.exists():
+        number = 1
+        while (kept := part.with_name(f"{part.name}.{number}")).exists():
+            number += 1
+        part.replace(kept)
 
 
 def _numbers(array: NDArray[np.float32]) -> list[float | None]:

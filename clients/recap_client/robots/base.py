@@ -65,7 +65,10 @@ class Robot(Protocol):
 
 
 class Teleoperator(Protocol):
-    """A human, or what stands in for one. `style` names how this one works, for the log ("human" if unknown)."""
+    """A human, or what stands in for one. `style` names how this one works, for the log ("human" if unknown).
+
+    A robot that has one offers `teleoperator(seed: int, style: str) -> Teleoperator`.
+    """
 
     style: str
 

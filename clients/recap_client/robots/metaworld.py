@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recap_client.robots.base import Observation, RobotError, StepResult
+from recap_client.robots.base import Observation, RobotError, StepResult, Teleoperator
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 
 TASKS = {
@@ -110,6 +110,12 @@ class MetaWorldRobot:
     def hold(self) -> StepResult:
         return self.act(np.array([0.0, 0.0, 0.0, self._gripper], np.float32))
 
+    def teleoperator(self, seed: int, style: str = "mixed") -> Teleoperator:
+        """The scripted human for the episode that `reset` began; styles: see `robots.expert`."""
+        from recap_client.robots.expert import ScriptedExpert
+
+        return ScriptedExpert(self, seed, style)
+
     def close(self) -> None:
         for environment in self._environments.values():
             environment.close()
@@ -150,7 +156,14 @@ class MetaWorldRobot:
         _, mujoco = self._simulator
         model = self._environment().model
         if self.task not in _renderers:
-            _renderers[self.task] = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+            try:
+                _renderers[self.task] = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+            except Exception as error:  # FatalError, AttributeError, ImportError: depends on what is missing
+                raise RobotError(
+                    f"metaworld: cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; install the EGL "
+                    "libraries (Debian: libegl1 libgles2 libgl1-mesa-dri), and set MUJOCO_GL=egl before mujoco is "
+                    "imported by other code"
+                ) from error
         renderer = _renderers[self.task]
         renderer._model = model  # Meta-World moves bodies inside the model: the meshes are shared, the poses are not
         return renderer
@@ -159,6 +172,7 @@ class MetaWorldRobot:
 def _import_simulator() -> tuple[Any, Any]:
     """(task name -> environment class, mujoco). The GL back end must be chosen before mujoco is first imported."""
     os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa on a CPU: threads of its own only cost at 64 pixels
     try:
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
