@@ -1,0 +1,45 @@
+"""What one run of the simulated experiment consists of: tasks, amounts of data, budgets, label rules, arms."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """First environment seeds. Disjoint, so that no evaluation episode has been seen; the same for every arm."""
+
+    demonstrations: int = 0
+    rollouts: int = 50_000
+    """Of the first iteration; the next ones follow on."""
+    evaluation: int = 100_000
+    training: int = 0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """tasks: names the simulated robot knows. Amounts are episodes per task. Steps are optimiser steps; None takes the
+    model preset's. betas: guidance strengths the conditioned policy is evaluated with (1 = none)."""
+
+    name: str
+    tasks: tuple[str, ...]
+    model: str
+    demonstrations: int
+    rollouts: int
+    evaluation: int
+    intervene: float = 0.35
+    policy_steps: int | None = None
+    finetune_steps: int | None = None
+    critic_steps: int | None = None
+    folds: int = 2
+    betas: tuple[float, ...] = (1.0, 1.75)
+    n: int = 8
+    positive_fraction: float = 0.4
+    demonstration_fraction: float = 0.3
+    workers: int = 2
+    seeds: Seeds = Seeds()
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "rollouts", "evaluation", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop preset {self.name}: {name}: expected at least 1, got {getattr(self, name)}")
+        if 1.0 not in self.betas:
+            raise ValueError(f"loop preset {self.name}: betas: expected 1.0 among them, got {self.betas}")

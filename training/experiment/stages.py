@@ -1,0 +1,183 @@
+"""The plan of a run: every stage is one `recap` command with the folders it reads and writes.
+
+Paths are relative to the run's folder, where the commands are run, so that a run can be moved and any stage repeated by
+hand. `{policy_url}` and `{value_url}` stand for the services that a stage needs.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from training.experiment.config import LoopConfig
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Services a stage needs: models (repository), beta (guidance strength), critic: also the value service."""
+
+    models: str
+    beta: float = 1.0
+    critic: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """command: arguments of `recap`; inputs, outputs: paths relative to the run; serve: services it needs."""
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    serve: Serve | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One evaluated policy. folder: where its evaluation lies; iteration: of the loop; beta: guidance strength."""
+
+    name: str
+    iteration: int
+    beta: float
+    folder: str
+    checkpoint: str
+
+
+def plan(config: LoopConfig, iterations: int) -> tuple[Stage, ...]:
+    """All stages in order. Raises ValueError for fewer than one iteration."""
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1, got {iterations}")
+    stages = [*_bootstrap(config)]
+    for k in range(1, iterations + 1):
+        stages += _iteration(config, k)
+    evaluations = tuple(arm.folder for arm in arms(config, iterations))
+    stages.append(Stage("report", ("report", "--run", "."), evaluations, ("report.html",)))
+    return tuple(stages)
+
+
+def arms(config: LoopConfig, iterations: int) -> tuple[Arm, ...]:
+    """Every evaluated policy, in order of evaluation."""
+    found = [Arm("sft", 0, 1.0, "0/evaluation-sft", "0/sft")]
+    for k in range(1, iterations + 1):
+        found += [Arm("recap", k, beta, f"{k}/evaluation-{_arm(beta)}", f"{k}/recap") for beta in config.betas]
+        found.append(Arm("imitation", k, 1.0, f"{k}/evaluation-imitation", f"{k}/imitation"))
+    return tuple(found)
+
+
+def describe(config: LoopConfig, iterations: int) -> dict[str, Any]:
+    """The run as JSON (`loop.json`): configuration, arms, and where every stage's output lies."""
+    return {
+        "config": asdict(config),
+        "iterations": iterations,
+        "arms": [asdict(arm) for arm in arms(config, iterations)],
+        "stages": [asdict(stage) for stage in plan(config, iterations)],
+    }
+
+
+def identity(config: LoopConfig) -> str:
+    """The configuration as text; a run folder holds one."""
+    return json.dumps(asdict(config), sort_keys=True)
+
+
+def _bootstrap(config: LoopConfig) -> Iterator[Stage]:
+    """Iteration 0: demonstrations, a first critic, and plain imitation as the policy to start from."""
+    yield Stage("0 collect", (*_collect(config, config.demonstrations, config.seeds.demonstrations, "0/demonstrations"),
+                              "--demonstrations"), (), ("0/demonstrations",))  # fmt: skip
+    yield from _data(0, ("0/demonstrations",))
+    yield _critic(config, 0, folds=1)
+    yield _policy(config, "0 sft", "0/sft", 0, "imitation", config.policy_steps)
+    yield _export("0 export", "0/models", ("0/sft", "0/critic"))
+    yield _evaluate(config, arms(config, 1)[0], "0/models")
+
+
+def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
+    """Experience of the last policy -> labels -> two policies from the same start, with and without the indicator."""
+    last = f"{k - 1}/models"
+    first = config.seeds.rollouts + (k - 1) * config.rollouts
+    collect = _collect(config, config.rollouts, first, f"{k}/rollouts")
+    yield Stage(
+        f"{k} collect",
+        (*collect, "--policy-url", "{policy_url}", "--value-url", "{value_url}", "--intervene", str(config.intervene)),
+        (last,),
+        (f"{k}/rollouts",),
+        Serve(last, critic=True),
+    )
+    yield from _data(k, ("0/demonstrations", *(f"{i}/rollouts" for i in range(1, k + 1))))
+    # from scratch: a critic started from iteration 0's would have seen the episodes that a fold holds out
+    yield _critic(config, k, folds=config.folds)
+    yield Stage(
+        f"{k} label",
+        ("label", "--dataset", f"{k}/dataset", "--returns", f"{k}/returns", "--values", f"{k}/values", "--out",
+         f"{k}/advantage", "--n", str(config.n), "--positive-fraction", str(config.positive_fraction),
+         "--demonstration-fraction", str(config.demonstration_fraction)),
+        (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
+        (f"{k}/advantage",),
+    )  # fmt: skip
+    # both from the policy of iteration 0, on the same data, steps and seed: only the indicator differs
+    yield _policy(config, f"{k} recap", f"{k}/recap", k, "recap", config.finetune_steps, init="0/sft")
+    yield _policy(config, f"{k} imitation", f"{k}/imitation", k, "imitation", config.finetune_steps, init="0/sft")
+    guided = ("--guided",) if any(beta != 1.0 for beta in config.betas) else ()
+    yield _export(f"{k} export", f"{k}/models", (f"{k}/recap", f"{k}/critic"), *guided)
+    yield _export(f"{k} export imitation", f"{k}/models-imitation", (f"{k}/imitation",))
+    for arm in arms(config, k):
+        if arm.iteration == k:
+            yield _evaluate(config, arm, f"{k}/models-imitation" if arm.name == "imitation" else f"{k}/models")
+
+
+def _collect(config: LoopConfig, episodes: int, first_seed: int, out: str) -> tuple[str, ...]:
+    return ("collect", "--tasks", *config.tasks, "--episodes-per-task", str(episodes), "--first-seed", str(first_seed),
+            "--workers", str(config.workers), "--out", out)  # fmt: skip
+
+
+def _data(k: int, rollouts: tuple[str, ...]) -> Iterator[Stage]:
+    yield Stage(
+        f"{k} ingest", ("ingest", "--rollouts", *rollouts, "--out", f"{k}/dataset"), rollouts, (f"{k}/dataset",)
+    )
+    yield Stage(f"{k} returns", ("returns", "--dataset", f"{k}/dataset", "--out", f"{k}/returns"), (f"{k}/dataset",),
+                (f"{k}/returns",))  # fmt: skip
+
+
+def _critic(config: LoopConfig, k: int, *, folds: int) -> Stage:
+    command = ("train", "critic", "--preset", config.model, "--dataset", f"{k}/dataset", "--returns", f"{k}/returns",
+               "--out", f"{k}/critic", "--values-out", f"{k}/values", "--folds", str(folds))  # fmt: skip
+    return Stage(f"{k} critic", command + _budget(config, config.critic_steps), (f"{k}/dataset", f"{k}/returns"),
+                 (f"{k}/critic", f"{k}/values"))  # fmt: skip
+
+
+def _policy(config: LoopConfig, name: str, out: str, k: int, mode: str, steps: int | None, init: str = "") -> Stage:
+    labels = f"{k}/advantage" if mode == "recap" else ""
+    command: tuple[str, ...] = (
+        "train",
+        "policy",
+        "--preset",
+        config.model,
+        "--dataset",
+        f"{k}/dataset",
+        "--mode",
+        mode,
+        "--out",
+        out,
+    )
+    command += (("--labels", labels) if labels else ()) + (("--init", init) if init else ())
+    inputs = tuple(path for path in (f"{k}/dataset", labels, init) if path)
+    return Stage(name, command + _budget(config, steps), inputs, (out,))
+
+
+def _budget(config: LoopConfig, steps: int | None) -> tuple[str, ...]:
+    return ("--seed", str(config.seeds.training)) + (("--steps", str(steps)) if steps else ())
+
+
+def _export(name: str, out: str, checkpoints: tuple[str, ...], *options: str) -> Stage:
+    return Stage(name, ("export", *checkpoints, "--out", out, *options), checkpoints, (out,))
+
+
+def _evaluate(config: LoopConfig, arm: Arm, models: str) -> Stage:
+    command = ("evaluate", "--policy-url", "{policy_url}", "--tasks", *config.tasks, "--episodes-per-task",
+               str(config.evaluation), "--first-seed", str(config.seeds.evaluation), "--workers", str(config.workers),
+               "--out", arm.folder)  # fmt: skip
+    name = f"{arm.iteration} evaluate {arm.folder.partition('evaluation-')[2]}"
+    return Stage(name, command, (models,), (arm.folder,), Serve(models, arm.beta))
+
+
+def _arm(beta: float) -> str:
+    return "recap" if beta == 1.0 else f"recap-beta-{beta:g}"
