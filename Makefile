@@ -31,11 +31,12 @@ format: install  ## let ruff rewrite what it can
 	.venv/bin/ruff format .
 
 loop: install  ## the whole RECAP circle in simulation into runs/loop (90 minutes on two cores)
-	.venv/bin/recap loop --run runs/loop $(ARGS)
+	.venv/bin/recap loop --out runs/loop $(ARGS)
 
 assets: install  ## rebuild assets/model_repository, the models that the demo serves
-	.venv/bin/recap loop --preset tiny --run runs/assets $(ARGS)
-	.venv/bin/python scripts/publish_assets.py runs/assets assets/model_repository
+	.venv/bin/recap loop --preset tiny --out runs/assets $(ARGS)
+	rm -rf assets/model_repository && cp -r runs/assets/1/models assets/model_repository
+	du -sm assets/model_repository
 
 lock: install  ## recompute requirements/*.txt from the .in files
 	uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python requirements/demo.in -o requirements/demo.txt
