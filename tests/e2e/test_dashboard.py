@@ -37,7 +37,8 @@ def observe(client: NativeClient, robot: str, step: int, x: float, **parts: Any)
 
 
 def card(browser: webdriver.Chrome, robot: str) -> Any:
-    return eventually(lambda: next(iter(browser.find_elements(By.CSS_SELECTOR, f'article[data-robot="{robot}"]')), None))
+    selector = f'article[data-robot="{robot}"]'
+    return eventually(lambda: next(iter(browser.find_elements(By.CSS_SELECTOR, selector)), None))
 
 
 def shows(browser: webdriver.Chrome, robot: str, **attributes: object) -> None:
@@ -89,9 +90,10 @@ def test_a_page_opened_late_shows_the_whole_episode(models: Path, browser: webdr
 def test_names_from_robots_are_text_and_not_markup(models: Path, browser: webdriver.Chrome) -> None:
     with critic_server(models) as critic, NativeClient(critic.url("/value")) as client:
         browser.get(critic.http("/"))
-        client.ask({"type": "reset", "robot": "<img src=x onerror=alert(1)>", "episode": "<b>e</b>", "task": "<i>t</i>"})
+        robot = "<img src=x onerror=alert(1)>"
+        client.ask({"type": "reset", "robot": robot, "episode": "<b>e</b>", "task": "<i>t</i>"})
         name = eventually(lambda: browser.find_elements(By.CLASS_NAME, "name"))[0]
-        assert name.text == "<img src=x onerror=alert(1)>"
+        assert name.text == robot
         assert not browser.find_elements(By.CSS_SELECTOR, "article img, article b, .task i")
 
 
