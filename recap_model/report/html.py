@@ -76,16 +76,15 @@ def video(mp4: bytes, caption: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Cells that are numbers are set right."""
+    """Rows of cells; floats are shown to three digits."""
     lines = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     titles = "".join(f"<th>{html.escape(str(name))}</th>" for name in head)
     return f"<div class='scroll'><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def _cell(value: object) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return f"<td{' class=number' if number else ''}>{html.escape(text)}</td>"
+    return f"<td>{html.escape(text)}</td>"
 
 
 def _section(section: Section) -> str:
@@ -123,7 +122,7 @@ figure{margin:12px 0}img,video{max-width:100%;height:auto;display:block}
 figcaption{color:var(--soft);font-size:14px;margin-top:4px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th{text-align:left;color:var(--soft);font-weight:600;border-bottom:2px solid var(--line);padding:6px 12px 6px 0}
-td{border-bottom:1px solid var(--line);padding:6px 12px 6px 0}td.number{text-align:right}
+td{border-bottom:1px solid var(--line);padding:6px 12px 6px 0}
 .warning{border-left:4px solid #d99a2b;background:#fdf6e7;padding:8px 14px;border-radius:4px}
 footer{color:var(--soft);font-size:13.5px}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}
