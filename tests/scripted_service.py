@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from recap_client.spec import RobotSpec
-from recap_client.wire import pack, unpack
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import Server, ServerConnection, serve
+
+from recap_client.spec import RobotSpec
+from recap_client.wire import pack, unpack
 
 CHUNK = 8
 
@@ -32,7 +33,8 @@ class ScriptedService:
         self._server: Server | None = None
 
     def __enter__(self) -> "ScriptedService":
-        self._server = serve(self._handle, "127.0.0.1", self.port, subprotocols=["recap.v1"], compression=None)  # type: ignore[list-item]
+        self._server = serve(self._handle, "127.0.0.1", self.port, subprotocols=["recap.v1"], compression=None,
+                             max_size=2**26)  # type: ignore[list-item] # fmt: skip
         self.port = self._server.socket.getsockname()[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self

@@ -1,8 +1,11 @@
 """A robot without a simulator: a point that must reach +1 on its axis. Steps are instant, scenes depend on the seed."""
 
+import os
+import signal
 import time
 
 import numpy as np
+
 from recap_client.robots.base import Observation, RobotError, StepResult
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 
@@ -62,3 +65,17 @@ class ToyHuman:
 
     def action(self) -> np.ndarray:
         return np.array([self.step], np.float32)
+
+
+class DyingRobot(ToyRobot):
+    """Its process is killed in the middle of the episode with seed 2."""
+
+    def teleoperator(self, seed: int, style: str) -> ToyHuman:  # noqa: ARG002
+        return ToyHuman()
+
+    def act(self, action: np.ndarray) -> StepResult:
+        if self.seed == 2 and len(self.log) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seed == 2:
+            time.sleep(0.3)  # the others are finished by then
+        return super().act(action)

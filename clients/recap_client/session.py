@@ -155,7 +155,8 @@ class Session:
             if first.get("kind") != self.kind:
                 raise ProtocolError(f"{self.url}: expected a {self.kind} service, got a {first.get('kind')} service")
             details = {key: value for key, value in first.items() if key not in ("spec", "model", "kind", "type")}
-            require_equal(RobotSpec.from_json(first["spec"]["robot"]), self.spec, what=f"{self.kind} at {self.url}")
+            served = RobotSpec.from_json(first["spec"]["robot"])
+            require_equal(self.spec, served, what=f"{self.kind} service at {self.url}, made for another robot")
             return link, Welcome(str(first["kind"]), first["spec"], first["model"], details)
         except (ProtocolError, SpecError):
             link.close()

@@ -4,6 +4,7 @@ Needs the extra `sim` (`pip install 'recap-client[sim]'`); importing this module
 positions: they are open only to the scripted expert (`full_observation`).
 """
 
+import atexit
 import os
 import time
 import warnings
@@ -156,13 +157,14 @@ class MetaWorldRobot:
         _, mujoco = self._simulator
         model = self._environment().model
         if self.task not in _renderers:
+            if not _renderers:
+                atexit.register(_close_renderers)
             try:
                 _renderers[self.task] = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
             except Exception as error:  # FatalError, AttributeError, ImportError: depends on what is missing
                 raise RobotError(
                     f"metaworld: cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; install the EGL "
-                    "libraries (Debian: libegl1 libgles2 libgl1-mesa-dri), and set MUJOCO_GL=egl before mujoco is "
-                    "imported by other code"
+                    "libraries (Debian: libegl1 libgles2 libgl1-mesa-dri)"
                 ) from error
         renderer = _renderers[self.task]
         renderer._model = model  # Meta-World moves bodies inside the model: the meshes are shared, the poses are not
@@ -180,5 +182,26 @@ def _import_simulator() -> tuple[Any, Any]:
         raise RobotError(
             f"metaworld: the simulator is not installed ({error}); run: pip install 'recap-client[sim]'"
         ) from error
+    _use_egl_after_all()
     warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")  # a warning a step from its experts
     return ALL_V3_ENVIRONMENTS, mujoco
+
+
+def _close_renderers() -> None:
+    """While the GL library is still loaded: at interpreter shutdown their finalizers fail noisily."""
+    for renderer in _renderers.values():
+        renderer.close()
+    _renderers.clear()
+
+
+def _use_egl_after_all() -> None:
+    """mujoco picks its GL library when it is first imported; if other code did that, without a display the choice is
+    one that aborts the process. The renderer looks the choice up when it is made, so it can still be corrected."""
+    if os.environ.get("MUJOCO_GL") != "egl":
+        return
+    from mujoco.rendering.classic import gl_context
+
+    if gl_context.GLContext.__module__ != "mujoco.egl":
+        from mujoco.egl import GLContext
+
+        gl_context.GLContext = GLContext

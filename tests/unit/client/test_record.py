@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mcap.reader import make_reader
+
 from recap_client.record import EpisodeInfo, Outcome, Recorder, RecordError, RolloutError, StepRecord, read_rollout
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from recap_client.intervention import TakeoverRule
 from recap_client.policy import RemotePolicy
 from recap_client.record import read_rollout

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from recap_client.images import ImageError, JpegImage, decode_jpeg, decode_png, encode_jpeg, encode_png
 from recap_client.wire import WireError, pack, unpack
 
