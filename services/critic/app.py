@@ -59,7 +59,7 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
         try:
             check_caller(request.headers, request.query_params, settings.api_key)
             body = await read_body(request, service.limits.message * 4 // 3)
-            return JSONResponse(await service.observe(_json(body)))
+            return JSONResponse(await service.observe(_json(body), request))
         except Exception as error:
             fault = fault_of(error)
             return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)
@@ -84,7 +84,7 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
 
 def _channel(socket: WebSocket, service: CriticService) -> Channel:
     async def observe(received: Received) -> Message:
-        return await service.observe(received.body)
+        return await service.observe(received.body, socket)
 
     async def reset(received: Received) -> Message:
         return service.reset(received.body)

@@ -79,7 +79,8 @@ class Episodes:
 
     def add(self, track: Track, value: float, t_obs: float | None) -> Judgement:
         """Take in the newest value of an episode. t_obs: the robot's monotonic clock in seconds; None counts steps."""
-        self._tracks.move_to_end(track.robot)
+        if self._tracks.get(track.robot) is track:
+            self._tracks.move_to_end(track.robot)
         if t_obs is None:
             step = track.points[-1][0] + 1 if track.points else 0.0
         else:

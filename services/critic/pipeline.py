@@ -1,5 +1,6 @@
 """Observation in, value out. The critic reads the bare task, since the state of the world is not a matter of advice."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,14 +38,14 @@ class CriticPipeline:
         self._support = np.linspace(self.spec.value_low, self.spec.value_high, self.spec.bins)
         self._tokens = lru_cache(maxsize=1024)(self._encode)
 
-    async def value(self, robot: str, observation: Observation) -> Value:
-        """The value of what a robot sees. A newer observation of the same robot takes the place of one that waits.
+    async def value(self, key: Hashable, observation: Observation) -> Value:
+        """The value of what a robot sees. A newer observation under the same key takes the place of one that waits.
 
         Raises ObservationError, PromptTooLong or ServiceError.
         """
         inputs = prepare(observation.images, observation.state, task_text(observation.prompt), self.spec.robot,
                          self._tokens)  # type: ignore[arg-type]  # a cached tokenizer is called like a tokenizer
-        answer = await self._batcher.run(robot, {
+        answer = await self._batcher.run(key, {
             "images": inputs.images, "state": inputs.state, "tokens": inputs.tokens, "token_mask": inputs.token_mask})
         value, probabilities = float(answer.outputs["value"]), answer.outputs["probabilities"]
         if not (np.isfinite(value) and np.isfinite(probabilities).all()):

@@ -48,12 +48,15 @@ class CriticService:
         return {"type": "welcome", "protocol": "recap.v1", "kind": "critic", "spec": spec_to_json(self.engine.spec),
                 "model": model}
 
-    async def observe(self, body: Message) -> Message:
-        """Answer an `observe` message. Raises what `read_observation` and `CriticPipeline.value` raise."""
+    async def observe(self, body: Message, sender: object) -> Message:
+        """Answer an `observe` message. Raises what `read_observation` and `CriticPipeline.value` raise.
+
+        sender: whose it is; a robot and the policy's tap may both send its frames, and must not supersede each other.
+        """
         start = time.perf_counter()
         try:
             with self.connections.request():
-                reply = await self._observe(body)
+                reply = await self._observe(body, sender)
         except Exception as error:
             self.metrics.requests.labels(fault_of(error).code).inc()
             raise
@@ -61,20 +64,21 @@ class CriticService:
         self.metrics.latency.observe(time.perf_counter() - start)
         return reply
 
-    async def _observe(self, body: Message) -> Message:
+    async def _observe(self, body: Message, sender: object) -> Message:
         robot, episode = text(body, "robot", "robot", limit=64), text(body, "episode", "0", limit=128)
         t_obs, latency = number(body, "t_obs"), number(body, "act_latency_ms")
         observation = read_observation(body)
         task = task_text(observation.prompt)
-        observation = await decoded(observation, self.pipeline.spec.robot.camera_names)
-        value = await self.pipeline.value(robot, observation)
-        track = self.episodes.track(robot, episode)
+        track = self.episodes.track(robot, episode)  # now: while the engine runs, the next episode may begin
         if track is None or track.task != task:
             track = self._begin(robot, episode, task)
+        observation = await decoded(observation, self.pipeline.spec.robot.camera_names)
+        value = await self.pipeline.value((id(sender), robot), observation)
         if latency is not None:
             track.latency_ms = latency
         judgement = self.episodes.add(track, value.value, t_obs)
-        self._publish(track, judgement)
+        if self.episodes.track(robot, episode) is track:
+            self._publish(track, judgement)
         return self._reply(body, track, value, judgement)
 
     def reset(self, body: Message) -> Message:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recap_model import conditioning
 from recap_model.spec import CriticSpec
 from repository_factory import BINS, MAX_TOKENS, T_MAX, TASKS, expected_value, robot_spec
-from service_harness import NativeClient, Served, critic_server, fetch, observation
+from service_harness import NativeClient, Served, critic_server, eventually, fetch, observation
 from services.common import json_numpy
 from services.common.settings import CriticSettings
 from services.critic.alarms import AlarmRule
@@ -171,6 +171,30 @@ def test_a_listener_gets_the_past_and_then_what_happens(served: Served) -> None:
             outcome = next(events)
             assert outcome["type"] == "outcome" and outcome["success"] is True
             assert outcome["outcomes"] == [{"episode": "s1", "success": True, "steps": 4}]
+
+
+def test_a_value_that_comes_after_the_next_episode_began_does_not_bring_the_old_one_back(served: Served) -> None:
+    with NativeClient(served.url("/value")) as client:
+        with served.engine.held():
+            client.send(observe(1, -0.5, robot="late", episode="old"))
+            served.engine.entered.wait(10)
+            client.ask({"type": "outcome", "robot": "late", "episode": "old", "success": False})
+            client.ask({"type": "reset", "robot": "late", "episode": "new", "task": TASKS[0]})
+        assert client.receive()["episode"] == "old"
+        track = next(t for t in served.service.episodes.tracks if t.robot == "late")
+        assert track.episode == "new" and not track.points and [o["success"] for o in track.outcomes] == [False]
+
+
+def test_two_senders_of_one_robot_do_not_supersede_each_other(served: Served) -> None:
+    with NativeClient(served.url("/value")) as robot, NativeClient(served.url("/value")) as tap:
+        with served.engine.held():
+            robot.send(observe(1, -0.5, robot="blocker"))
+            served.engine.entered.wait(10)
+            robot.send(observe(2, -0.5, robot="shared"))
+            tap.send(observe(3, -0.5, robot="shared"))
+            eventually(lambda: served.service.batcher.depth == 2)
+        assert [robot.receive()["type"] for _ in range(2)] == ["value"] * 2
+        assert tap.receive()["type"] == "value"
 
 
 def test_values_and_alarms_are_metrics(served: Served) -> None:
