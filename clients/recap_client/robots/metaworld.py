@@ -157,8 +157,6 @@ class MetaWorldRobot:
         _, mujoco = self._simulator
         model = self._environment().model
         if self.task not in _renderers:
-            if not _renderers:
-                atexit.register(_close_renderers)
             try:
                 _renderers[self.task] = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
             except Exception as error:  # FatalError, AttributeError, ImportError: depends on what is missing
@@ -166,6 +164,8 @@ class MetaWorldRobot:
                     f"metaworld: cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; install the EGL "
                     "libraries (Debian: libegl1 libgles2 libgl1-mesa-dri)"
                 ) from error
+            if len(_renderers) == 1:
+                atexit.register(_close_renderers)  # after mujoco's own, so that it runs before it
         renderer = _renderers[self.task]
         renderer._model = model  # Meta-World moves bodies inside the model: the meshes are shared, the poses are not
         return renderer
