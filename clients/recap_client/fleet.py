@@ -14,10 +14,13 @@ import numpy as np
 
 from recap_client.intervention import TakeoverRule
 from recap_client.policy import RemotePolicy
+from recap_client.record import RecordError
+from recap_client.robots.base import RobotError
 from recap_client.robots.registry import open_robot, teleoperator_of
 from recap_client.rollout import read_rollout
 from recap_client.runtime import EpisodeResult, LoopSettings, run_episode
-from recap_client.session import ServiceError
+from recap_client.session import ProtocolError, ServiceError, ServiceUnavailable
+from recap_client.spec import SpecError
 from recap_client.value import RemoteCritic
 
 ATTEMPTS = 3
@@ -189,8 +192,11 @@ def _run_here(jobs: Sequence[Job], indices: Sequence[int], settings: FleetSettin
         worker.close()
 
 
-_worker: Worker | None = None
-"""Of a worker process."""
+_worker: Worker | Exception | None = None
+"""Of a worker process: what runs its jobs, or why it could not be opened."""
+
+_TRAVELS = (FleetError, RobotError, RecordError, SpecError, ServiceUnavailable, ProtocolError)
+"""Exceptions that survive the way between processes as themselves."""
 
 
 def _start_worker(settings: FleetSettings, counter: Any) -> None:
@@ -198,19 +204,27 @@ def _start_worker(settings: FleetSettings, counter: Any) -> None:
     with counter.get_lock():
         number = counter.value
         counter.value += 1
-    _worker = Worker(settings, number)
+    try:
+        _worker = Worker(settings, number)
+    except Exception as error:  # told by the first job: an exception here would only say that a process died
+        _worker = error
 
 
 def _run_job(job: Job) -> EpisodeResult:
-    assert _worker is not None
-    return _worker.run(job)
+    try:
+        if isinstance(_worker, Exception):
+            raise _worker
+        assert _worker is not None
+        return _worker.run(job)
+    except _TRAVELS:
+        raise
+    except Exception as error:
+        raise FleetError(f"{job.name}: {type(error).__name__}: {error}") from error
 
 
 def _run_apart(jobs: Sequence[Job], indices: Sequence[int], settings: FleetSettings, workers: int,
                results: dict[int, EpisodeResult],
                on_result: Callable[[EpisodeResult, bool], None]) -> None:  # fmt: skip
-    # opened and closed here once, so that a wrong URL, spec or missing package is told as itself, not by a dead worker
-    Worker(settings).close()
     context = multiprocessing.get_context("spawn")  # neither GL contexts nor sockets survive a fork
     pool = ProcessPoolExecutor(workers, context, _start_worker, (settings, context.Value("i", 0)))
     try:

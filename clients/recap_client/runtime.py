@@ -6,15 +6,15 @@ the service is back.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recap_client.chunks import ChunkQueue
+from recap_client.episode import Critic, EpisodeResult, LoopSettings, Policy
 from recap_client.intervention import TakeoverRule, Watcher
 from recap_client.pace import Caller, Pace
 from recap_client.policy import Chunk
@@ -24,70 +24,9 @@ from recap_client.safety import SafetyLimits, UnsafeAction
 from recap_client.session import ServiceError
 from recap_client.value import Value
 
+__all__ = ["Critic", "EpisodeResult", "LoopSettings", "Policy", "run_episode"]
+
 _log = logging.getLogger(__name__)
-
-
-class Policy(Protocol):
-    """What the loop needs of a policy; `RemotePolicy` is one."""
-
-    @property
-    def identity(self) -> Mapping[str, str]: ...
-    def reset(self, episode: str, task: str, seed: int | None = None) -> None: ...
-    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk: ...
-    def outcome(self, success: bool) -> None: ...
-
-
-class Critic(Protocol):
-    """What the loop needs of a critic; `RemoteCritic` is one."""
-
-    def reset(self, episode: str, task: str) -> None: ...
-    def observe(self, observation: Observation, prompt: str, *, act_latency_s: float | None = None,
-                deadline_s: float | None = None) -> Value: ...  # fmt: skip
-    def outcome(self, success: bool) -> None: ...
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """execute: actions of a chunk before asking again. realtime: keep the control rate, else as fast as possible.
-    deadline_s: after which a reply is of no use (None: 0.4 s in real time, the session's timeout else).
-    record_images: False records no frames, and renders only what is asked for. max_change: see `SafetyLimits`.
-    image_format: see `Recorder`."""
-
-    execute: int = 4
-    realtime: bool = True
-    deadline_s: float | None = None
-    record_images: bool = True
-    max_change: float | None = None
-    image_format: str = "png"
-
-
-@dataclass(frozen=True)
-class EpisodeResult:
-    """What one episode came to.
-
-    success None = not known (stopped by the operator). steps: control steps, each 1 / control_hz of robot time.
-    missed_deadlines: steps whose action came late or (starved) not at all. act_latency_s: one per reply.
-    values: (step, value) pairs. intervened: steps under the operator. recording: its path; record_error: why it is not
-    whole. progress_alarms: values that came with an alarm.
-    """
-
-    task: str
-    task_name: str
-    seed: int
-    episode: str
-    success: bool | None
-    reason: str
-    steps: int
-    missed_deadlines: int
-    starved: int
-    clipped: int
-    intervened: int
-    act_latency_s: tuple[float, ...] = ()
-    values: tuple[tuple[int, float], ...] = ()
-    style: str | None = None
-    recording: str | None = None
-    record_error: str | None = None
-    alarms: int = 0
 
 
 def run_episode(robot: Robot, task: str, seed: int, *, policy: Policy | None = None, critic: Critic | None = None,
@@ -144,6 +83,8 @@ class _Loop:
 
     def run(self, recording: Path | None) -> EpisodeResult:
         self.robot.reset(self.task, self.seed)
+        if self.settings.realtime:
+            self.robot.observe()  # the first frame opens cameras; that is not part of the episode
         if self.policy is not None:
             self.policy.reset(self.episode, self.prompt, self.seed)
         elif self.make_human is not None:
@@ -153,8 +94,6 @@ class _Loop:
         if recording is not None:
             self.recorder = Recorder(recording, self._info(), image_format=self.settings.image_format,
                                      wait=not self.settings.realtime)  # fmt: skip
-        if self.settings.realtime:
-            self.robot.observe()  # the first frame opens cameras; that is not part of the episode
         self.pace = Pace(1.0 / self.robot.spec.control_hz, self.settings.realtime)
         success, reason = None, "error"
         try:

@@ -14,7 +14,7 @@ import pytest
 from recap_client.fleet import FleetError, FleetSettings, Job, jobs_for, run_fleet
 from recap_client.policy import RemotePolicy
 from recap_client.record import read_rollout
-from recap_client.robots.base import Observation
+from recap_client.robots.base import Observation, RobotError
 from recap_client.runtime import LoopSettings, run_episode
 from recap_client.session import DeadlineExceeded, ProtocolError, ServiceRefused, ServiceUnavailable, Session
 from recap_client.spec import RobotSpec, SpecError
@@ -243,3 +243,12 @@ def test_a_worker_that_dies_is_told_and_nothing_recorded_is_lost(
     with pytest.raises(FleetError, match="a worker process died"):
         run_fleet(jobs_for(["right"], 4, 0), settings, workers=2)
     assert read_rollout(tmp_path / "right-000000.mcap").success
+
+
+def test_a_fleet_without_a_service_or_robot_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    dead = FleetSettings("toy_robot:ToyRobot", {}, f"ws://127.0.0.1:{free_port()}/act")
+    with pytest.raises(ServiceUnavailable, match="is the policy service running there"):
+        run_fleet(jobs_for(["right"], 2, 0), dead, workers=2)
+    with pytest.raises(RobotError, match="cannot import Nobody"):
+        run_fleet(jobs_for(["right"], 2, 0), FleetSettings("toy_robot:Nobody"), workers=2)

@@ -1,0 +1,72 @@
+"""What goes into an episode and what comes out: the services it needs, its settings, its result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from recap_client.policy import Chunk
+from recap_client.robots.base import Observation
+from recap_client.value import Value
+
+
+class Policy(Protocol):
+    """What the loop needs of a policy; `RemotePolicy` is one."""
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+    def reset(self, episode: str, task: str, seed: int | None = None) -> None: ...
+    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk: ...
+    def outcome(self, success: bool) -> None: ...
+
+
+class Critic(Protocol):
+    """What the loop needs of a critic; `RemoteCritic` is one."""
+
+    def reset(self, episode: str, task: str) -> None: ...
+    def observe(self, observation: Observation, prompt: str, *, act_latency_s: float | None = None,
+                deadline_s: float | None = None) -> Value: ...  # fmt: skip
+    def outcome(self, success: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """execute: actions of a chunk before asking again. realtime: keep the control rate, else as fast as possible.
+    deadline_s: after which a reply is of no use (None: 0.4 s in real time, the session's timeout else).
+    record_images: False records no frames, and renders only what is asked for. max_change: see `SafetyLimits`.
+    image_format: see `Recorder`."""
+
+    execute: int = 4
+    realtime: bool = True
+    deadline_s: float | None = None
+    record_images: bool = True
+    max_change: float | None = None
+    image_format: str = "png"
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What one episode came to.
+
+    success None = not known (stopped by the operator). steps: control steps, each 1 / control_hz of robot time.
+    missed_deadlines: steps whose action came late or (starved) not at all. act_latency_s: one per reply.
+    values: (step, value) pairs. intervened: steps under the operator. recording: its path; record_error: why it is not
+    whole. alarms: values that came with an alarm.
+    """
+
+    task: str
+    task_name: str
+    seed: int
+    episode: str
+    success: bool | None
+    reason: str
+    steps: int
+    missed_deadlines: int
+    starved: int
+    clipped: int
+    intervened: int
+    act_latency_s: tuple[float, ...] = ()
+    values: tuple[tuple[int, float], ...] = ()
+    style: str | None = None
+    recording: str | None = None
+    record_error: str | None = None
+    alarms: int = 0
