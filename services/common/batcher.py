@@ -90,7 +90,7 @@ class Batcher:
             self._wake.notify()
         for item in left:
             _fail(item, ServiceError("shutting_down", "the service is shutting down; connect again in a moment"))
-        self._thread.join(timeout=5.0)
+        self._thread.join(timeout=1.0)  # one that hangs in the engine dies with the process
 
     def _take(self) -> list[_Item] | None:
         with self._wake:

@@ -14,7 +14,7 @@ from services.common.logs import get_logger
 from services.common.observation import with_text_keys
 
 SUBPROTOCOL = "recap.v1"
-_MAX_PENDING = 64
+_MAX_PENDING = 16
 
 log = get_logger("channel")
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from services.common.drain import Connections
 from services.common.settings import Limits
 
-DRAIN_S = 3.0
+DRAIN_S = 2.5
 
 
 class PortInUse(ValueError):

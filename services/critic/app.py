@@ -59,7 +59,8 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
         try:
             check_caller(request.headers, request.query_params, settings.api_key)
             body = await read_body(request, service.limits.message * 4 // 3)
-            return JSONResponse(await service.observe(_json(body), request))
+            message = await asyncio.to_thread(_json, body)
+            return JSONResponse(await service.observe(message, request))
         except Exception as error:
             fault = fault_of(error)
             return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)

@@ -128,7 +128,7 @@ def test_an_oversized_message_gets_an_error_and_an_oversized_frame_a_closed_door
         reply = client.receive()
         assert reply["code"] == "too_large" and str(served.service.limits.message) in reply["expected"]
         assert client.ask(act(SPEC))["type"] == "chunk"
-        with pytest.raises(ConnectionClosed, match="1009"):
+        with pytest.raises(ConnectionClosed, match="1009|no close frame"):  # it may still be sending
             client.socket.send(b"\0" * (served.service.limits.frame + 1))
             client.receive()
     with NativeClient(served.url()) as client:

@@ -1,6 +1,7 @@
 """openpi's websocket protocol, as an unmodified `openpi-client` speaks it: a metadata frame, then observation in and
 actions out; an error is a text frame and the end of the connection (1011)."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from services.policy.service import PolicyService
 from services.policy.session import Session
 
 DIALECT = "openpi"
+_LARGE = 1 << 20  # bytes; scaling float frames above this would keep other robots waiting
 _STATE_KEYS = ("state", "observation/state", "observation.state")
 _IMAGE_PREFIXES = ("observation/images/", "observation.images.", "observation/", "observation.")
 
@@ -46,7 +48,11 @@ async def _answer(service: PolicyService, session: Session, data: bytes | None, 
     if data is None:
         raise bad_field("bad_message", "message", "a binary frame", "a text frame")
     cameras = service.pipeline.spec.robot.camera_names
-    raw = read_observation(decode(data, service.limits.message), cameras)
+    body = decode(data, service.limits.message)
+    if len(data) < _LARGE:
+        raw = read_observation(body, cameras)
+    else:
+        raw = await asyncio.to_thread(read_observation, body, cameras)
     observation = await decoded(raw, cameras)
     decode_ms = milliseconds(received)
     chunk = await service.pipeline.act(session, observation)

@@ -1,5 +1,6 @@
 """`POST /act`: the JSON dialects of OpenVLA, OpenVLA-OFT and their relatives. Replies follow the request's dialect."""
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
@@ -46,8 +47,10 @@ def openvla_router(service: PolicyService) -> APIRouter:
         try:
             check_caller(request.headers, request.query_params, service.settings.api_key)
             with service.request(DIALECT), service.session(DIALECT) as session:
-                payload, dialect = _parse(await read_body(request, service.limits.message * 4 // 3))
-                observation = _observation(json_numpy.decode(payload), service.pipeline.spec.robot.camera_names)
+                body = await read_body(request, service.limits.message * 4 // 3)
+                payload, dialect = await asyncio.to_thread(_parse, body)
+                cameras = service.pipeline.spec.robot.camera_names
+                observation = await asyncio.to_thread(_observation, payload, cameras)
                 decode_ms = milliseconds(received)
                 chunk = await service.pipeline.act(session, observation)
                 timing = service.timing(chunk, received, decode_ms)
@@ -85,7 +88,8 @@ def _object(data: bytes | str) -> dict[str, Any]:
     return payload
 
 
-def _observation(payload: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
+def _observation(encoded: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
+    payload = json_numpy.decode(encoded)
     wrapped = payload.get("observation")
     body: Mapping[str, Any] = {**payload, **wrapped} if isinstance(wrapped, dict) else payload
     frames: Mapping[str, Any] = body["images"] if isinstance(body.get("images"), dict) else {}

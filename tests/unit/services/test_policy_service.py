@@ -1,13 +1,13 @@
 """The policy service over `recap.v1`: chunks, seeds, order, errors, health."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread, Timer
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from recap_client.images import JpegImage, decode_jpeg, encode_jpeg
@@ -180,8 +180,6 @@ def test_a_web_page_of_a_stranger_cannot_drive_a_robot(served: Served) -> None:
 
 
 def test_stopping_finishes_what_was_asked_and_says_goodbye(models: Path) -> None:
-    from threading import Thread, Timer
-
     with policy_server(models) as served:
         client, idle = NativeClient(served.url()), NativeClient(served.url())
         served.engine.gate.clear()
@@ -194,8 +192,19 @@ def test_stopping_finishes_what_was_asked_and_says_goodbye(models: Path) -> None
     reader.join(10)
     assert replies[0]["type"] == "chunk" and replies[0]["seq"] == 1
     for one in (client, idle):
-        with pytest.raises(Exception, match="1001"):
+        with pytest.raises(ConnectionClosed, match="1001"):
             one.receive(5)
+
+
+def test_an_engine_that_hangs_does_not_keep_the_service_from_stopping(models: Path) -> None:
+    with policy_server(models) as served:
+        client = NativeClient(served.url())
+        served.engine.gate.clear()
+        client.send(act(SPEC, 1))
+        served.engine.entered.wait(10)
+    served.engine.gate.set()
+    with pytest.raises(ConnectionClosed, match="1001"):
+        client.receive(5)
 
 
 def test_a_request_after_the_end_has_begun_is_told_so(models: Path) -> None:
@@ -204,4 +213,3 @@ def test_a_request_after_the_end_has_begun_is_told_so(models: Path) -> None:
         reply = client.ask(act(SPEC))
         assert (reply["type"], reply["code"]) == ("error", "shutting_down")
         assert served.get("/readyz")[0] == 503
-        time.sleep(0)
