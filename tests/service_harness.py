@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from recap_client import wire
@@ -125,6 +126,15 @@ class NativeClient:
 
     def receive(self, timeout: float = 20.0) -> Any:
         return wire.unpack(self.socket.recv(timeout))
+
+    def until_closed(self) -> tuple[list[Any], int]:
+        """What still comes, and the close code (1006 for a reset)."""
+        replies = []
+        try:
+            while True:
+                replies.append(self.receive())
+        except ConnectionClosed as closed:
+            return replies, closed.rcvd.code if closed.rcvd is not None else 1006
 
     def ask(self, message: Any) -> Any:
         self.send(message)
