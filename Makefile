@@ -1,7 +1,8 @@
 # The whole set-up on a fresh machine is the first two verbs. `make help` tells the rest.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PYTEST := PYTHONPATH=tests .venv/bin/pytest -p no_skips
+# offline: no test may need a model hub; one thread: two workers share two cores; the timeout ends a test that hangs
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/pytest -p no_skips --timeout 400
 
 demo: install-demo  ## install what serving and simulation need (no torch, < 1 GB) and run the demo: 3 minutes
 	.venv-demo/bin/recap demo $(ARGS)

@@ -4,6 +4,7 @@ The process sends an `EpisodeResult` for every episode, or a `Failure` and ends.
 everything recorded.
 """
 
+import gc
 import multiprocessing
 import signal
 import time
@@ -103,6 +104,7 @@ def _drive(url: str, jobs: Sequence[Job], rollouts: Path, execute: int, sender: 
         robot = MetaWorldRobot()
         policy = RemotePolicy(url, robot.spec, robot=ROBOT)
         _warm_up(robot, {job.task for job in jobs})
+        gc.freeze()  # a full collection over the simulator's objects would cost a control step
         settings = LoopSettings(execute=execute)
         for job in jobs:
             result = _episode(ScrambledRobot(robot) if job.drill else robot, policy, job, rollouts, settings)
