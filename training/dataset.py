@@ -1,5 +1,5 @@
 """LeRobot datasets (v3.0) as episodes, and back. The only file that imports lerobot, and only where it must:
-reading needs pyarrow alone (video frames and conversion from v2.1 need lerobot); writing is LeRobot's own writer.
+for video frames and conversion from v2.1. Images are read, and written by `dataset_writer`, with pyarrow alone.
 
 A dataset is never modified. `open_dataset` checks it once and reads everything but the images into memory.
 """
@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
 from recap_client.spec import RobotSpec
-
-from training import columns
+from training import columns, lerobot_files
 from training.columns import DatasetError
+from training.lerobot_files import IMAGES, SPEC_FILE
 
-IMAGES = "observation.images."
-SPEC_FILE = Path("meta") / "recap_spec.json"
+if TYPE_CHECKING:
+    from training.dataset_writer import EpisodeData
+
 Images = dict[str, NDArray[np.uint8]]
 
 
@@ -73,8 +75,6 @@ class Dataset:
 
 def open_dataset(root: Path | str) -> Dataset:
     """Read and check a dataset folder. Raises DatasetError naming episode, column, expected and got."""
-    from training import lerobot_files
-
     root = Path(root)
     info = lerobot_files.read_info(root)
     pictures = {
@@ -207,64 +207,36 @@ def _spec(root: Path, info: Mapping[str, Any]) -> RobotSpec:
     path = root / SPEC_FILE
     if path.is_file():
         return RobotSpec.from_json(json.loads(path.read_text()))
-    from training import lerobot_files
-
     return lerobot_files.derive_spec(root, info)
 
 
-class DatasetWriter:
-    """Writes episodes with LeRobot's own writer into a folder that does not exist yet; use as a context manager.
+class VideoDatasetWriter:
+    """`DatasetWriter` with cameras as video files, by LeRobot's own writer."""
 
-    Images are stored lossless (PNG inside the parquet files) unless `video`. The spec goes to meta/recap_spec.json.
-    """
-
-    def __init__(self, root: Path, spec: RobotSpec, *, video: bool = False) -> None:
-        if spec.control_hz != int(spec.control_hz):
-            raise DatasetError(f"control_hz: expected a whole number (LeRobot's fps is one), got {spec.control_hz}")
+    def __init__(self, root: Path, spec: RobotSpec) -> None:
         import datasets
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-        from training import lerobot_files
-
         datasets.disable_progress_bars()
+        root.rmdir()  # LeRobot insists on making it
         self._root, self._spec = root, spec
         self._data = LeRobotDataset.create(
             f"local/{root.name.strip('.')}",
-            fps=int(spec.control_hz),
-            features=lerobot_files.features(spec, video=video),
+            fps=lerobot_files.whole_rate(spec),
+            features=lerobot_files.features(spec, video=True),
             root=root,
             robot_type=spec.robot,
-            use_videos=video,
+            use_videos=True,
             image_writer_threads=2,
         )
 
-    def add(
-        self,
-        *,
-        task: str,
-        state: NDArray[np.float32],
-        action: NDArray[np.float32],
-        images: Mapping[str, Any],
-        intervention: NDArray[np.bool_],
-        demonstration: bool,
-        success: bool,
-        reward: NDArray[np.float64],
-    ) -> None:
-        """One episode of T frames: state [T, S], action [T, A], images camera -> uint8 [T, H, W, 3], reward [T]."""
-        for row in range(len(state)):
-            self._data.add_frame(
-                {
-                    "observation.state": state[row],
-                    "action": action[row],
-                    **{IMAGES + camera.name: images[camera.name][row] for camera in self._spec.cameras},
-                    "intervention": np.array([intervention[row]], np.int64),
-                    "success": np.array([success], np.int64),
-                    "demonstration": np.array([demonstration], np.int64),
-                    "next.reward": np.array([reward[row]], np.float32),
-                    "next.done": np.array([row == len(state) - 1]),
-                    "task": task,
-                }
-            )
+    def add(self, episode: "EpisodeData") -> None:
+        """Write one episode."""
+        columns = episode.columns()
+        for row in range(len(episode.state)):
+            frame = {name: np.atleast_1d(values[row]) for name, values in columns.items()}
+            frame |= {IMAGES + camera.name: episode.images[camera.name][row] for camera in self._spec.cameras}
+            self._data.add_frame({**frame, "task": episode.task})
         self._data.save_episode()
 
     def __enter__(self) -> Self:

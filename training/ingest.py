@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from recap_client.rollout import Rollout, RolloutError, read_rollout
 from recap_client.spec import RobotSpec, SpecError, require_equal
-
 from recap_model.manifest import Manifest, publish, write_manifest
 from recap_model.returns import rewards
 from training.columns import DatasetError, require_finite
-from training.dataset import DatasetWriter
+from training.dataset import VideoDatasetWriter
+from training.dataset_writer import DatasetWriter, EpisodeData
 
 PROVENANCE = Path("meta") / "recap_episodes.json"
 
@@ -116,22 +117,12 @@ def ingest(
 ) -> Manifest:
     """Write the dataset at `out` (atomically, replacing an old one) and its manifest."""
     with publish(out) as folder:
-        folder.rmdir()  # LeRobot's writer insists on making it
         provenance = []
-        with DatasetWriter(folder, found.spec, video=video) as writer:
+        with VideoDatasetWriter(folder, found.spec) if video else DatasetWriter(folder, found.spec) as writer:
             for source in progress(found.sources):
                 rollout = read_rollout(source.path)
                 _require_cameras(rollout, found.spec)
-                writer.add(
-                    task=rollout.task,
-                    state=rollout.state,
-                    action=rollout.action,
-                    images=rollout.images,
-                    intervention=rollout.intervention,
-                    demonstration=rollout.demonstration,
-                    success=source.success,
-                    reward=rewards(rollout.steps, source.success, 0.0),
-                )
+                writer.add(_episode(rollout, source.success))
                 provenance.append(_provenance(rollout, source))
         (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
         return write_manifest(
@@ -141,6 +132,20 @@ def ingest(
             parameters={"video": video, "left_out": [[str(i.path), i.reason] for i in found.left]},
             metrics=_metrics(found.sources),
         )
+
+
+def _episode(rollout: Rollout, success: bool) -> EpisodeData:
+    """The recorded reward is -1 a step and 0 at success; what a failure costs is a choice of `recap returns`."""
+    return EpisodeData(
+        task=rollout.task,
+        state=rollout.state,
+        action=rollout.action,
+        images=rollout.images,
+        intervention=rollout.intervention,
+        demonstration=rollout.demonstration,
+        success=success,
+        reward=rewards(rollout.steps, success, c_fail=1.0),
+    )
 
 
 def rollouts_hash(sources: Sequence[Source]) -> str:

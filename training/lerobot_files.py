@@ -19,13 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
-from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 
+from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 from recap_model.manifest import NAME as MANIFEST
 from recap_model.manifest import read_manifest
 from training.columns import DatasetError
 
 IMAGES = "observation.images."
+SPEC_FILE = Path("meta") / "recap_spec.json"
 _DECODERS = 4
 
 
@@ -235,3 +236,10 @@ def features(spec: RobotSpec, *, video: bool = False) -> dict[str, dict[str, Any
         "next.reward": {"dtype": "float32", **scalar},
         "next.done": {"dtype": "bool", **scalar},
     }
+
+
+def whole_rate(spec: RobotSpec) -> int:
+    """The control rate as LeRobot's integer fps."""
+    if spec.control_hz != int(spec.control_hz):
+        raise DatasetError(f"control_hz: expected a whole number (LeRobot's fps is one), got {spec.control_hz}")
+    return int(spec.control_hz)

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recap_client.spec import Camera
-from sample_rollouts import make_dataset
 
+from recap_client.spec import Camera
 from recap_model.manifest import content_hash
+from sample_rollouts import make_dataset
 from training.columns import DatasetError
-from training.dataset import DatasetWriter, convert_v21, open_dataset
+from training.dataset import VideoDatasetWriter, convert_v21, open_dataset
+from training.dataset_writer import EpisodeData
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +160,13 @@ def test_video_frames_come_back_close(made, tmp_path):
     slope = np.add.outer(np.arange(size[0]), np.arange(size[1])).astype(np.uint8)
     smooth = np.repeat(slope[None, ..., None], 3, axis=-1)
     spec = replace(spec, cameras=(Camera("front", *size),))
-    with DatasetWriter(tmp_path / "video", spec, video=True) as writer:
+    (tmp_path / "video").mkdir()
+    with VideoDatasetWriter(tmp_path / "video", spec) as writer:
         for shift in (0, 60):
             frames = np.concatenate([smooth + np.uint8(shift)] * 5)
-            writer.add(task="open it", state=np.zeros((5, 2), np.float32), action=np.zeros((5, 2), np.float32),
-                       images={"front": frames}, intervention=np.zeros(5, bool), demonstration=False, success=True,
-                       reward=np.zeros(5))  # fmt: skip
+            nothing = np.zeros((5, 2), np.float32)
+            writer.add(EpisodeData("open it", nothing, nothing, {"front": frames}, np.zeros(5, bool), False, True,
+                                   np.zeros(5)))  # fmt: skip
     first, second = (episode.images()["front"] for episode in open_dataset(tmp_path / "video").episodes)
     assert first.shape == (5, 64, 64, 3) and first.dtype == np.uint8
     assert np.abs(first.astype(int) - smooth).mean() < 6

@@ -3,13 +3,15 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from recap_client.rollout import read_rollout
-from sample_rollouts import SPEC, record, record_mixed
 
+from recap_client.rollout import read_rollout
 from recap_model.manifest import verify
+from sample_rollouts import SPEC, record, record_mixed
 from training.dataset import open_dataset
 from training.ingest import PROVENANCE, IngestError, find, ingest, rollouts_hash, survey
+from training.lerobot_files import features
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_every_array_comes_back_as_it_was_recorded(folder):
         assert sorted(images) == ["front", "top"]
         for name, frames in images.items():
             np.testing.assert_array_equal(frames, recorded.images[name])
-        assert episode.reward.tolist() == [-1.0] * (len(episode) - 1) + [0.0 if recorded.success else -0.0]
+        assert episode.reward.tolist() == [-1.0] * (len(episode) - 1) + [0.0 if recorded.success else -1.0]
         assert episode.extra["next.done"].tolist() == [False] * (len(episode) - 1) + [True]
 
 
@@ -68,6 +70,48 @@ def test_lerobot_itself_reads_the_dataset(folder):
     np.testing.assert_array_equal(item["observation.state"].numpy(), episode.state[2])
     np.testing.assert_array_equal((item["observation.images.front"].numpy() * 255).round().astype(np.uint8),
                                   episode.images()["front"][2].transpose(2, 0, 1))  # fmt: skip
+
+
+def test_the_files_are_those_of_lerobot_s_own_writer(folder, tmp_path):
+    """Same layout, columns, types and metadata; equal statistics up to LeRobot's estimates of quantiles."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    ours = folder / "dataset"
+    theirs = LeRobotDataset.create("local/theirs", fps=20, features=features(SPEC), root=tmp_path / "theirs",
+                                   robot_type="toy", use_videos=False)  # fmt: skip
+    for path in find([folder / "a", folder / "b"]):
+        recorded = read_rollout(path)
+        for row in range(recorded.steps):
+            last = row == recorded.steps - 1
+            theirs.add_frame({
+                "observation.state": recorded.state[row], "action": recorded.action[row], "task": recorded.task,
+                "observation.images.front": recorded.images["front"][row],
+                "observation.images.top": recorded.images["top"][row],
+                "intervention": np.array([recorded.intervention[row]], np.int64),
+                "success": np.array([recorded.success], np.int64),
+                "demonstration": np.array([recorded.demonstration], np.int64),
+                "next.reward": np.array([0.0 if last and recorded.success else -1.0], np.float32),
+                "next.done": np.array([last]),
+            })  # fmt: skip
+        theirs.save_episode()
+    theirs.finalize()
+    for name in ("data/chunk-000/file-000.parquet", "meta/tasks.parquet", "meta/episodes/chunk-000/file-000.parquet"):
+        got, expected = pq.read_table(ours / name), pq.read_table(tmp_path / "theirs" / name)
+        assert sorted(map(str, got.schema)) == sorted(map(str, expected.schema)), name
+        plain = [column for column in expected.column_names if "images" not in column and "stats/" not in column]
+        assert got.select(plain).equals(expected.select(plain)), name
+    info, wanted = (json.loads((root / "meta" / "info.json").read_text()) for root in (ours, tmp_path / "theirs"))
+    assert info == wanted
+    got, expected = (json.loads((root / "meta" / "stats.json").read_text()) for root in (ours, tmp_path / "theirs"))
+    assert got.keys() == expected.keys()
+    for name, stats in expected.items():
+        assert got[name].keys() == stats.keys()
+        for key in ("min", "max", "mean", "std", "count"):
+            np.testing.assert_allclose(got[name][key], stats[key], atol=2e-4, err_msg=f"{name} {key}")
+        spread = np.subtract(stats["max"], stats["min"])
+        for key in ("q01", "q10", "q50", "q90", "q99"):
+            assert np.shape(got[name][key]) == np.shape(stats[key])
+            assert (np.abs(np.subtract(got[name][key], stats[key])) <= 0.01 * spread + 1e-6).all(), f"{name} {key}"
 
 
 def test_another_run_gives_the_same_content(folder):
