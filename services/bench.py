@@ -23,7 +23,9 @@ from recap_client.spec import RobotSpec
 from recap_model import conditioning
 from recap_model.observation import prepare
 from services.common.engine import Engine
+from services.options import ServeArgs
 from services.policy.pipeline import load_policy_engine
+from services.supervise import serve_child
 
 
 class BenchError(ValueError):
@@ -73,9 +75,6 @@ def _time_engine(engine: Engine, observation: dict[str, Any], requests: int, war
 
 def _time_service(models: Path, beta: float, engine: str, observation: dict[str, Any], requests: int,
                   warm_up: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    from services.cli import ServeArgs
-    from services.supervise import serve_child
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,16 +13,14 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from recap_client.spec import require_equal
 from services.common.server import DrainingServer, bind, make_server
 from services.common.settings import CriticSettings, PolicySettings, api_key_from
-
-if TYPE_CHECKING:
-    from services.cli import ServeArgs
+from services.options import ServeArgs
 
 _SETUP_FAILED = 2
 _RESTARTS = 5
@@ -32,7 +30,7 @@ _STOP_S = 5.0
 console = Console(stderr=True, highlight=False)
 
 
-def serve_one(args: "ServeArgs", ready: Any = None) -> int:
+def serve_one(args: ServeArgs, ready: Any = None) -> int:
     """Serve one service until SIGTERM or SIGINT. ready: an event to set when requests are answered."""
     from services.common.logs import configure
 
@@ -46,7 +44,7 @@ def serve_one(args: "ServeArgs", ready: Any = None) -> int:
     return 0
 
 
-def serve_all(args: "ServeArgs") -> int:
+def serve_all(args: ServeArgs) -> int:
     """Serve both, each in a process of its own; restart one that dies, give up on one that keeps dying."""
     for port in (args.policy_port, args.critic_port):
         bind(args.host, port).close()
@@ -54,7 +52,7 @@ def serve_all(args: "ServeArgs") -> int:
     return _Supervisor(args).run()
 
 
-def _policy_app(args: "ServeArgs") -> Any:
+def _policy_app(args: ServeArgs) -> Any:
     from services.policy.app import create_app
     from services.policy.pipeline import load_policy_engine
 
@@ -63,7 +61,7 @@ def _policy_app(args: "ServeArgs") -> Any:
     return create_app(engine, PolicySettings(args.beta, args.critic_url, args.critic_hz, args.seed, api_key_from()))
 
 
-def _critic_app(args: "ServeArgs") -> Any:
+def _critic_app(args: ServeArgs) -> Any:
     from services.common.engine import load_engine
     from services.critic.app import create_app
 
@@ -72,7 +70,7 @@ def _critic_app(args: "ServeArgs") -> Any:
     return create_app(engine, CriticSettings(api_key=api_key_from()))
 
 
-def _check_pair(args: "ServeArgs") -> None:
+def _check_pair(args: ServeArgs) -> None:
     """The critic must read what the policy reads."""
     from services.common.repository import open_model
 
@@ -81,7 +79,7 @@ def _check_pair(args: "ServeArgs") -> None:
     require_equal(policy.spec.robot, critic.spec.robot, what=f"{args.models}: critic beside policy")
 
 
-async def _serve(server: DrainingServer, sock: Any, args: "ServeArgs", ready: Any) -> None:
+async def _serve(server: DrainingServer, sock: Any, args: ServeArgs, ready: Any) -> None:
     task = asyncio.ensure_future(server.serve(sockets=[sock]))
     while not server.started and not task.done():
         await asyncio.sleep(0.01)
@@ -92,7 +90,7 @@ async def _serve(server: DrainingServer, sock: Any, args: "ServeArgs", ready: An
     await task
 
 
-def announce(args: "ServeArgs") -> None:
+def announce(args: ServeArgs) -> None:
     """Print where everything is."""
     at = _url_host(args.host)
     if args.what != "critic":
@@ -111,7 +109,7 @@ def _complain(what: str) -> None:
     console.print(f"recap serve: {what}", style="red", soft_wrap=True, markup=False)
 
 
-def serve_child(args: "ServeArgs", ready: Any) -> None:
+def serve_child(args: ServeArgs, ready: Any) -> None:
     """Body of a child process; ready: a multiprocessing event."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; until we serve, the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -132,7 +130,7 @@ def _follow_parent() -> None:
 
 
 class _Supervisor:
-    def __init__(self, args: "ServeArgs") -> None:
+    def __init__(self, args: ServeArgs) -> None:
         self._args = args
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, BaseProcess] = {}

@@ -2,11 +2,11 @@
 
 import logging
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
-LogFormat = Literal["console", "json"]
+from services.common.settings import LogFormat
 
 
 def configure(log_format: LogFormat, *, level: int = logging.INFO) -> None:

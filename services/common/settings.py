@@ -3,8 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from recap_client.spec import RobotSpec
+
+LogFormat = Literal["console", "json"]
 
 API_KEY_VARIABLE = "RECAP_API_KEY"
 

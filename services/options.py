@@ -1,0 +1,45 @@
+"""The options of `recap serve` and `recap bench`; light, for `--help` must not import a web server."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from services.common.settings import LogFormat
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """Serve exported models to robots."""
+
+    what: Annotated[Literal["policy", "critic", "all"], tyro.conf.Positional]
+    """Which service; `all` runs both, each in a process of its own, and forwards what the policy sees to the critic."""
+    models: Path
+    """Model repository, as `recap export` writes it."""
+    policy_port: int = 8000
+    critic_port: int = 8001
+    host: str = "127.0.0.1"
+    """Address to listen on. Set RECAP_API_KEY in the environment before opening it to others."""
+    engine: str = "onnxruntime"
+    beta: float = 1.0
+    """Classifier-free guidance strength; 1 = none."""
+    critic_url: str | None = None
+    """Where `policy` forwards observations to, e.g. ws://host:8001/value; set by itself with `all`."""
+    critic_hz: float = 20.0
+    """Forward at most so many observations a second and robot."""
+    seed: int | None = None
+    """Seed of the flow noise of sessions that send none."""
+    log_format: LogFormat = "console"
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Measure what the service adds to the model: round trips over loopback against bare engine calls."""
+
+    models: Path
+    """Model repository with a `policy`."""
+    requests: int = 500
+    warm_up: int = 50
+    beta: float = 1.0
+    engine: str = "onnxruntime"
