@@ -39,9 +39,10 @@ assets: install  ## rebuild assets/model_repository, the models that the demo se
 	rm -rf assets/model_repository && cp -r runs/assets/1/models assets/model_repository
 	du -sm assets/model_repository
 
-lock: install  ## recompute requirements/*.txt from the .in files
-	uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python requirements/demo.in -o requirements/demo.txt
-	uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python requirements/full.in -o requirements/full.txt
+LOCK := uv pip compile -q --no-header --no-emit-index-url --no-annotate --python .venv/bin/python
+lock: install  ## recompute requirements/*.txt from the .in files; the demo takes the versions of the full set
+	$(LOCK) requirements/full.in -o requirements/full.txt
+	$(LOCK) requirements/demo.in -c requirements/full.txt -o requirements/demo.txt
 
 clean:  ## remove caches and builds; keeps environments and runs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
