@@ -78,7 +78,7 @@ def _child(
         stream.write(f"$ recap {' '.join(command)}\n".encode())
         stream.flush()
         # a group of its own: Ctrl-C reaches the loop alone, which then stops its children in order
-        process = subprocess.Popen([*program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=stream,
+        process = subprocess.Popen([*program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, env=_ENVIRONMENT(),
                                    stderr=subprocess.STDOUT, start_new_session=True,
                                    preexec_fn=_end_with_parent)  # fmt: skip
         try:

@@ -1,6 +1,8 @@
 """What one run of the simulated experiment consists of: tasks, amounts of data, budgets, label rules, arms."""
 
 from dataclasses import dataclass
+from typing import Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Seeds:
 @dataclass(frozen=True)
 class LoopConfig:
     """tasks: names the simulated robot knows. Amounts are episodes per task. Steps are optimiser steps; None takes the
-    model preset's. betas: guidance strengths the conditioned policy is evaluated with (1 = none)."""
+    model preset's. betas: guidance strengths the conditioned policy is evaluated with (1 = none). n to
+    failures_negative: the rules of `recap label`."""
 
     name: str
     tasks: tuple[str, ...]
@@ -34,6 +37,11 @@ class LoopConfig:
     n: int = 8
     positive_fraction: float = 0.4
     demonstration_fraction: float = 0.3
+    interventions: Literal["all", "successes", "computed"] = "all"
+    """Which human corrections are positive whatever their advantage (`recap label --interventions`)."""
+    threshold_over: Literal["all", "successes"] = "successes"
+    interventions: Literal["all", "successes", "computed"] = "successes"
+    failures_negative: bool = True
     workers: int = 2
     seeds: Seeds = Seeds()
 

@@ -50,8 +50,8 @@ def plan(config: LoopConfig, iterations: int) -> tuple[Stage, ...]:
     stages = [*_bootstrap(config)]
     for k in range(1, iterations + 1):
         stages += _iteration(config, k)
-    evaluations = tuple(arm.folder for arm in arms(config, iterations))
-    stages.append(Stage("report", ("report", "--run", "."), evaluations, ("report.html",)))
+    shown = [arm.folder for arm in arms(config, iterations)] + [f"{k}/advantage" for k in range(1, iterations + 1)]
+    stages.append(Stage("report", ("report", "--run", "."), tuple(shown), ("report.html",)))
     return tuple(stages)
 
 
@@ -105,11 +105,13 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
     yield from _data(k, ("0/demonstrations", *(f"{i}/rollouts" for i in range(1, k + 1))))
     # from scratch: a critic started from iteration 0's would have seen the episodes that a fold holds out
     yield _critic(config, k, folds=config.folds)
+    rules = ("--n", str(config.n), "--positive-fraction", str(config.positive_fraction), "--demonstration-fraction",
+             str(config.demonstration_fraction), "--threshold-over", config.threshold_over, "--interventions",
+             config.interventions, *(("--failures-negative",) if config.failures_negative else ()))  # fmt: skip
     yield Stage(
         f"{k} label",
         ("label", "--dataset", f"{k}/dataset", "--returns", f"{k}/returns", "--values", f"{k}/values", "--out",
-         f"{k}/advantage", "--n", str(config.n), "--positive-fraction", str(config.positive_fraction),
-         "--demonstration-fraction", str(config.demonstration_fraction)),
+         f"{k}/advantage", *rules),
         (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
         (f"{k}/advantage",),
     )  # fmt: skip

@@ -15,4 +15,6 @@ def loop() -> LoopConfig:
         finetune_steps=2000,
         critic_steps=700,
         n=10,
+        # the scripted human often fails from a state the policy got into; such corrections are nothing to imitate
+        interventions="successes",
     )
