@@ -1,5 +1,6 @@
 """What the fronts share: the pipeline, the sessions, the counters, the tap."""
 
+import asyncio
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -116,9 +117,10 @@ class PolicyService:
             return
         cameras = self.engine.spec.robot.camera_names
         images = {name: observation.images[name] for name in cameras if name in observation.images}
-        self.tap.observe({"type": "observe", "seq": seq, "t_obs": t_obs, "robot": session.robot,
-                          "episode": session.episode, "act_latency_ms": session.last_total_ms,
-                          "observation": {"images": images, "state": observation.state, "prompt": observation.prompt}})
+        message = {"type": "observe", "seq": seq, "t_obs": t_obs, "robot": session.robot, "episode": session.episode,
+                   "act_latency_ms": session.last_total_ms,
+                   "observation": {"images": images, "state": observation.state, "prompt": observation.prompt}}
+        asyncio.get_running_loop().call_soon(self.tap.observe, message)  # after the reply is on its way
 
     def tell_critic(self, message: Mapping[str, Any]) -> None:
         if self.tap is not None:
