@@ -39,6 +39,9 @@ _CAMERAS: dict[str, tuple[str, tuple[float, float, float], float | None, bool]] 
     "top": ("topview", (0.0, 0.62, 1.5), 36.0, False),
 }
 
+# Meshes that a camera never sees (half of the triangles of the scene): leaving them out changes no pixel.
+_UNSEEN = {"top": ("head", "base", "l0", "l1")}
+
 _renderers: dict[str, Any] = {}
 """Task name -> renderer of this process. A renderer is 0.2 s and a GL context, so robots of one process share it."""
 
@@ -65,6 +68,7 @@ class MetaWorldRobot:
         self.full_observation: NDArray[np.float64] = np.zeros(39)
         self._repeat = SIMULATOR_HZ // control_hz
         self._environments: dict[str, Any] = {}
+        self._unseen_geoms: dict[tuple[str, str], list[int]] = {}
         self._steps = 0
         self._gripper = 0.0
         self._simulator = _import_simulator()
@@ -86,7 +90,11 @@ class MetaWorldRobot:
         environment, renderer = self._environment(), self._renderer()
         images = {}
         for name, (camera, _, _, flip) in _CAMERAS.items():
+            unseen = self._unseen(name)
+            opacity = environment.model.geom_rgba[unseen, 3]
+            environment.model.geom_rgba[unseen, 3] = 0.0
             renderer.update_scene(environment.data, camera=camera)
+            environment.model.geom_rgba[unseen, 3] = opacity
             frame = renderer.render()
             images[name] = np.ascontiguousarray(frame[::-1, ::-1] if flip else frame)
         return Observation(images, self.full_observation[:4].astype(np.float32), time.monotonic())
@@ -152,6 +160,18 @@ class MetaWorldRobot:
             if field_of_view is not None:
                 model.cam(camera).fovy[:] = field_of_view
         return environment
+
+    def _unseen(self, camera: str) -> list[int]:
+        """Numbers of the geoms that need not be drawn for a camera."""
+        model = self._environment().model
+        if (self.task, camera) not in self._unseen_geoms:
+            meshes = [model.mesh(name).id for name in _UNSEEN.get(camera, ())]
+            _, mujoco = self._simulator
+            self._unseen_geoms[self.task, camera] = [
+                geom for geom in range(model.ngeom)
+                if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH and model.geom_dataid[geom] in meshes
+            ]  # fmt: skip
+        return self._unseen_geoms[self.task, camera]
 
     def _renderer(self) -> Any:
         _, mujoco = self._simulator

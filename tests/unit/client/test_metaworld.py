@@ -79,6 +79,24 @@ def test_styles_are_drawn_by_their_shares_from_the_seed(robot: MetaWorldRobot) -
         assert drawn.count(name) / 600 == pytest.approx(style.share, abs=0.06)
 
 
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_leaving_out_unseen_parts_changes_no_pixel(
+    robot: MetaWorldRobot, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robot.reset(task, 11)
+    human = ScriptedExpert(robot, 11, "detour")
+    for step in range(40):
+        if step % 8 == 0:
+            quick = robot.observe().images
+            with monkeypatch.context() as patch:
+                patch.setattr(MetaWorldRobot, "_unseen", lambda *_: [])
+                whole = robot.observe().images
+            for name in whole:
+                np.testing.assert_array_equal(quick[name], whole[name])
+        if robot.act(human.action()).done:
+            break
+
+
 def test_holding_keeps_the_hand_in_place(robot: MetaWorldRobot) -> None:
     robot.reset("drawer-open", 0)
     for _ in range(5):
