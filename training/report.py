@@ -177,7 +177,7 @@ def _latency(arms: Sequence[Arm]) -> str:
         latency = arm.overall["latency_s"]
         cells = (latency["p50"], latency["p90"], latency["p99"])
         rows.append([arm.title, latency["n"], *("-" if cell is None else f"{1e3 * cell:.1f} ms" for cell in cells)])
-    picture = plots.latency_histogram(1e3 * np.array(medians, float), period_ms=period_ms)
+    picture = plots.latency_histogram(1e3 * np.array(medians, float), period_ms=period_ms, count="episodes")
     return html.figure(picture, "median latency of each evaluation episode, several robots at once") + html.table(
         ["policy", "requests", "p50", "p90", "p99"], rows
     )

@@ -89,8 +89,8 @@ def value_curves(curves: Sequence[Curve]) -> bytes:
         return _svg(chart)
 
 
-def latency_histogram(latencies_ms: NDArray[np.floating], *, period_ms: float) -> bytes:
-    """Time from request to chunk at the robot, with median, 99th percentile and the control period."""
+def latency_histogram(latencies_ms: NDArray[np.floating], *, period_ms: float, count: str = "requests") -> bytes:
+    """Time from request to chunk at the robot, with median, 99th percentile and the control period. count: of what."""
     with rc_context(STYLE):
         chart = Figure(figsize=(10, 2.8), layout="constrained")
         axes = chart.subplots()
@@ -101,7 +101,7 @@ def latency_histogram(latencies_ms: NDArray[np.floating], *, period_ms: float) -
             for at, text, colour in ((p50, f"p50 {p50:.1f} ms", INK), (p99, f"p99 {p99:.1f} ms", BAD)):
                 axes.axvline(at, color=colour, linewidth=1.4, label=text)
         axes.axvline(period_ms, color=HUMAN, linestyle="--", linewidth=1.4, label=f"control period {period_ms:.0f} ms")
-        axes.set(xlabel="latency of an action chunk [ms]", ylabel="requests")
+        axes.set(xlabel="latency of an action chunk [ms]", ylabel=count)
         axes.legend(frameon=False)
         return _svg(chart)
 
@@ -121,7 +121,7 @@ def audit_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set(xlabel="frames")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.legend(frameon=False, loc="lower right")
+        chart.legend(frameon=False, loc="outside upper right", ncols=2)
         return _svg(chart)
 
 
