@@ -19,7 +19,7 @@ from rich.console import Console
 
 from recap_client.spec import require_equal
 from services.common.server import DrainingServer, bind, make_server
-from services.common.settings import CriticSettings, PolicySettings, api_key_from
+from services.common.settings import API_KEY_VARIABLE, CriticSettings, PolicySettings, api_key_from
 from services.options import ServeArgs
 
 _SETUP_FAILED = 2
@@ -39,6 +39,9 @@ def serve_one(args: ServeArgs, ready: Any = None) -> int:
     sock = bind(args.host, args.policy_port if policy else args.critic_port)  # first: a taken port needs no loading
     app = _policy_app(args) if policy else _critic_app(args)
     server = make_server(app, app.state.limits)
+    if args.host not in ("127.0.0.1", "::1", "localhost") and api_key_from() is None:
+        console.print(f"{args.what}: open to everyone who reaches {args.host}; set {API_KEY_VARIABLE} to ask for a key",
+                      style="yellow")
     factory = server.config.get_loop_factory()  # uvloop where it is installed: a tenth of a millisecond a request
     asyncio.run(_serve(server, sock, args, ready), loop_factory=factory)
     return 0
