@@ -18,6 +18,7 @@ from training.experiment.stages import Serve
 
 PROGRAM = (sys.executable, "-m", "recap_model.cli")
 _READY_S = 120.0
+_WIDE = {"COLUMNS": "140"}  # tables in a log file need not fit a terminal
 _STOP_S = 20.0
 
 
@@ -78,8 +79,8 @@ def _child(
         stream.write(f"$ recap {' '.join(command)}\n".encode())
         stream.flush()
         # a group of its own: Ctrl-C reaches the loop alone, which then stops its children in order
-        process = subprocess.Popen([*program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, env=_ENVIRONMENT(),
-                                   stderr=subprocess.STDOUT, start_new_session=True,
+        process = subprocess.Popen([*program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=stream,
+                                   stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | _WIDE,
                                    preexec_fn=_end_with_parent)  # fmt: skip
         try:
             yield process

@@ -1,8 +1,7 @@
 """What one run of the simulated experiment consists of: tasks, amounts of data, budgets, label rules, arms."""
 
-from dataclasses import dataclass
-from typing import Literal
-from typing import Literal
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class LoopConfig:
     demonstration_fraction: float = 0.3
     interventions: Literal["all", "successes", "computed"] = "all"
     """Which human corrections are positive whatever their advantage (`recap label --interventions`)."""
-    threshold_over: Literal["all", "successes"] = "successes"
-    interventions: Literal["all", "successes", "computed"] = "successes"
-    failures_negative: bool = True
+    threshold_over: Literal["all", "successes"] = "all"
+    failures_negative: bool = False
     workers: int = 2
     seeds: Seeds = Seeds()
 
@@ -51,3 +49,15 @@ class LoopConfig:
                 raise ValueError(f"loop preset {self.name}: {name}: expected at least 1, got {getattr(self, name)}")
         if 1.0 not in self.betas:
             raise ValueError(f"loop preset {self.name}: betas: expected 1.0 among them, got {self.betas}")
+
+
+def defaults() -> dict[str, Any]:
+    """The settings that have a default, as JSON values."""
+    given = {field.name: field.default for field in fields(LoopConfig) if field.default is not MISSING}
+    return {name: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -12,9 +12,9 @@ from types import FrameType
 from typing import Any, Protocol
 
 from training.experiment import children
-from training.experiment.config import LoopConfig
+from training.experiment.config import LoopConfig, defaults
 from training.experiment.receipts import Receipts
-from training.experiment.stages import Stage, describe, identity, plan
+from training.experiment.stages import Stage, describe, plan
 
 
 class LoopError(ValueError):
@@ -82,15 +82,14 @@ def _write_description(run: Path, config: LoopConfig, iterations: int) -> None:
     path = run / "loop.json"
     wanted: dict[str, Any] = json.loads(json.dumps(describe(config, iterations)))
     if path.is_file():
-        found = json.loads(path.read_text())
-        if found.get("config") != json.loads(identity(config)):
-            changed = sorted(
-                key for key, value in wanted["config"].items() if found.get("config", {}).get(key) != value
+        # a setting that did not exist when the run began had what is its default now
+        found = defaults() | json.loads(path.read_text()).get("config", {})
+        changed = sorted(key for key, value in wanted["config"].items() if found.get(key) != value)
+        if changed:
+            raise LoopError(
+                f"{run}: holds a run with another configuration (differs in {', '.join(changed)}): expected preset "
+                f"{found.get('name')!r} as it was, got {config.name!r}; choose another --out"
             )
-            was = found.get("config", {}).get("name")
-            raise LoopError(f"{run}: holds a run with another configuration (differs in {', '.join(changed)}): "
-                            f"expected preset {was!r} as it was, got {config.name!r}; choose "
-                            "another --out")  # fmt: skip
     path.write_text(json.dumps(wanted, indent=1) + "\n")
 
 

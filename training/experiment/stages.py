@@ -4,7 +4,6 @@ Paths are relative to the run's folder, where the commands are run, so that a ru
 hand. `{policy_url}` and `{value_url}` stand for the services that a stage needs.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,11 +73,6 @@ def describe(config: LoopConfig, iterations: int) -> dict[str, Any]:
     }
 
 
-def identity(config: LoopConfig) -> str:
-    """The configuration as text; a run folder holds one."""
-    return json.dumps(asdict(config), sort_keys=True)
-
-
 def _bootstrap(config: LoopConfig) -> Iterator[Stage]:
     """Iteration 0: demonstrations, a first critic, and plain imitation as the policy to start from."""
     yield Stage("0 collect", (*_collect(config, config.demonstrations, config.seeds.demonstrations, "0/demonstrations"),
@@ -105,13 +99,10 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
     yield from _data(k, ("0/demonstrations", *(f"{i}/rollouts" for i in range(1, k + 1))))
     # from scratch: a critic started from iteration 0's would have seen the episodes that a fold holds out
     yield _critic(config, k, folds=config.folds)
-    rules = ("--n", str(config.n), "--positive-fraction", str(config.positive_fraction), "--demonstration-fraction",
-             str(config.demonstration_fraction), "--threshold-over", config.threshold_over, "--interventions",
-             config.interventions, *(("--failures-negative",) if config.failures_negative else ()))  # fmt: skip
     yield Stage(
         f"{k} label",
         ("label", "--dataset", f"{k}/dataset", "--returns", f"{k}/returns", "--values", f"{k}/values", "--out",
-         f"{k}/advantage", *rules),
+         f"{k}/advantage", *_label_rules(config)),
         (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
         (f"{k}/advantage",),
     )  # fmt: skip
@@ -124,6 +115,14 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
     for arm in arms(config, k):
         if arm.iteration == k:
             yield _evaluate(config, arm, f"{k}/models-imitation" if arm.name == "imitation" else f"{k}/models")
+
+
+def _label_rules(config: LoopConfig) -> tuple[str, ...]:
+    rules = ["--n", str(config.n), "--positive-fraction", str(config.positive_fraction), "--demonstration-fraction",
+             str(config.demonstration_fraction), "--interventions", config.interventions]  # fmt: skip
+    if config.threshold_over != "all":
+        rules += ["--threshold-over", config.threshold_over]
+    return (*rules, "--failures-negative") if config.failures_negative else tuple(rules)
 
 
 def _collect(config: LoopConfig, episodes: int, first_seed: int, out: str) -> tuple[str, ...]:

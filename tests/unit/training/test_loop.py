@@ -17,7 +17,7 @@ from training.experiment import children
 from training.experiment.config import LoopConfig
 from training.experiment.loop import LoopError, Silent, locked, run_loop, run_stages
 from training.experiment.receipts import Receipts
-from training.experiment.stages import Serve, Stage, arms, plan
+from training.experiment.stages import Serve, Stage, arms, describe, plan
 from training.presets import loop_debug, loop_tiny
 
 CONFIGS = [loop_debug.loop(), loop_tiny.loop()]
@@ -272,6 +272,25 @@ def test_another_configuration_in_the_same_folder_is_refused(folder):
     (folder / "loop.json").write_text(json.dumps({"config": {"name": "debug"}}))
     with pytest.raises(LoopError, match=r"another configuration .*tasks.*choose another --out"):
         run_loop(config, folder, 1)
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(folder):
+    config = LoopConfig("debug", ("a",), "debug", 1, 1, 1)
+    old = describe(config, 1)["config"]
+    del old["n"]
+    for setting, fits in ((config, True), (replace(config, n=config.n + 1), False)):
+        (folder / "loop.json").write_text(json.dumps({"config": old}))
+        with pytest.raises(children.StageError if fits else LoopError):  # there is no robot task "a"
+            run_loop(setting, folder, 1)
+
+
+def test_label_rules_reach_the_command():
+    config = replace(CONFIGS[0], interventions="successes", failures_negative=True, threshold_over="successes")
+    command = next(stage.command for stage in plan(config, 1) if stage.name == "1 label")
+    assert "--failures-negative" in command
+    assert (
+        command[command.index("--interventions") + 1] == command[command.index("--threshold-over") + 1] == "successes"
+    )
 
 
 def test_the_plan_can_be_read_without_running_it(tmp_path, capsys):
