@@ -118,11 +118,11 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
 
 
 def _label_rules(config: LoopConfig) -> tuple[str, ...]:
-    rules = ["--n", str(config.n), "--positive-fraction", str(config.positive_fraction), "--demonstration-fraction",
-             str(config.demonstration_fraction), "--interventions", config.interventions]  # fmt: skip
-    if config.threshold_over != "all":
-        rules += ["--threshold-over", config.threshold_over]
-    return (*rules, "--failures-negative") if config.failures_negative else tuple(rules)
+    share = ("--n", str(config.n), "--positive-fraction", str(config.positive_fraction), "--demonstration-fraction",
+             str(config.demonstration_fraction))  # fmt: skip
+    over = ("--threshold-over", config.threshold_over) if config.threshold_over != "all" else ()
+    failed = ("--failures-negative",) if config.failures_negative else ()
+    return (*share, *over, "--interventions", config.interventions, *failed)
 
 
 def _collect(config: LoopConfig, episodes: int, first_seed: int, out: str) -> tuple[str, ...]:

@@ -17,4 +17,7 @@ def loop() -> LoopConfig:
         n=10,
         # the scripted human often fails from a state the policy got into; such corrections are nothing to imitate
         interventions="successes",
+        # an n-step advantage does not see that an episode failed, except at its end
+        threshold_over="successes",
+        failures_negative=True,
     )
