@@ -5,13 +5,13 @@ seconds, so that a pause lasts as long at any control rate.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recap_client.robots.base import RobotError
-from recap_client.robots.metaworld import MetaWorldRobot
+from recap_client.spec import RobotSpec
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,21 @@ _DETOUR = (0.15, 0.325)
 _WORKSPACE = ((-0.3, 0.4, 0.08), (0.3, 0.85, 0.35))
 
 
+class Arm(Protocol):
+    """What the script needs of the simulated arm: the task it was reset to, its rate, and the true object positions."""
+
+    spec: RobotSpec
+    task: str
+    full_observation: NDArray[np.float64]
+
+
 class ScriptedExpert:
     """Implements `Teleoperator` for one episode of a `MetaWorldRobot` that has been reset.
 
     style: a name in `STYLES`, or "mixed". The same (style, seed) makes the same choices.
     """
 
-    def __init__(self, robot: MetaWorldRobot, seed: int, style: str = "mixed") -> None:
+    def __init__(self, robot: Arm, seed: int, style: str = "mixed") -> None:
         if style != "mixed" and style not in STYLES:
             raise RobotError(f"demonstration style: expected one of {['mixed', *STYLES]}, got {style!r}")
         from metaworld.policies import ENV_POLICY_MAP
