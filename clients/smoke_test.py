@@ -1,6 +1,6 @@
 """Build the wheel, install it into an empty environment, import every module without the simulator, refuse torch.
 
-    python clients/smoke_test.py        (needs `uv`, or `pip` and `build`'s network access for setuptools)
+python clients/smoke_test.py        (needs `uv`, or `pip` and `build`'s network access for setuptools)
 """
 
 import shutil

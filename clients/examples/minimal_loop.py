@@ -1,6 +1,6 @@
 """The smallest loop that drives a robot from a policy service: replace MetaWorldRobot by your own class.
 
-    python minimal_loop.py ws://127.0.0.1:8000/act
+python minimal_loop.py ws://127.0.0.1:8000/act
 """
 
 import sys

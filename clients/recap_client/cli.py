@@ -65,8 +65,10 @@ def replay(arguments: argparse.Namespace) -> int:
     print(f"{rollout.task!r} ({rollout.spec.robot}, seed {rollout.seed}): {rollout.steps} steps at "
           f"{rollout.control_hz:g} Hz, {outcome} ({rollout.reason})")  # fmt: skip
     by = f"demonstration, style {rollout.style}" if rollout.demonstration else f"policy {dict(rollout.policy or {})}"
-    print(f"{by}; {int(rollout.intervention.sum())} steps under the operator; {rollout.missed_deadlines} missed "
-          f"deadlines; cameras {', '.join(rollout.spec.camera_names)}{'' if rollout.complete else '; FILE INCOMPLETE'}")
+    print(
+        f"{by}; {int(rollout.intervention.sum())} steps under the operator; {rollout.missed_deadlines} missed "
+        f"deadlines; cameras {', '.join(rollout.spec.camera_names)}{'' if rollout.complete else '; FILE INCOMPLETE'}"
+    )
     if arguments.robot is None:
         return 0
     robot = open_robot(arguments.robot)

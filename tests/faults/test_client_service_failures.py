@@ -224,9 +224,7 @@ def test_fleet_resumes_and_keeps_interrupted_episodes(tmp_path: Path) -> None:
     assert read_rollout(tmp_path / "right-000001.mcap.interrupted").steps == 3
 
 
-def test_fleet_of_processes_keeps_order_and_tells_robots_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fleet_of_processes_keeps_order_and_tells_robots_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     with ScriptedService(TOY_SPEC) as service:
         settings = FleetSettings("toy_robot:ToyRobot", {}, service.url, record=tmp_path)
