@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from recap_client.spec import RobotSpec
 
+from recap_client.spec import RobotSpec
 from recap_model.tokenizer import TextTokenizer
 
 

@@ -43,9 +43,17 @@ def run(models: Path, *, requests: int, warm_up: int, beta: float, engine: str) 
     trips, inside = _time_service(models, beta, engine, observation, requests, warm_up)
     added = trips - np.median(bare)
     cameras = [[camera.name, camera.height, camera.width] for camera in robot.cameras]
-    result = {"benchmark": "service_added_latency", "cameras": cameras, "requests": requests, "beta": beta,
-              "engine": engine, "bare_engine_ms": _percentiles(bare), "round_trip_ms": _percentiles(trips),
-              "added_ms": _percentiles(added), "server_total_minus_infer_ms": _percentiles(inside)}
+    result = {
+        "benchmark": "service_added_latency",
+        "cameras": cameras,
+        "requests": requests,
+        "beta": beta,
+        "engine": engine,
+        "bare_engine_ms": _percentiles(bare),
+        "round_trip_ms": _percentiles(trips),
+        "added_ms": _percentiles(added),
+        "server_total_minus_infer_ms": _percentiles(inside),
+    }
     _show(result)
     print(json.dumps(result))
     return 0
@@ -58,14 +66,24 @@ def _observation(robot: RobotSpec) -> dict[str, Any]:
     return {"images": images, "state": np.zeros(len(robot.state), np.float32), "prompt": prompt}
 
 
-def _time_engine(engine: Engine, observation: dict[str, Any], requests: int, warm_up: int,
-                 beta: float) -> NDArray[np.float64]:
+def _time_engine(
+    engine: Engine, observation: dict[str, Any], requests: int, warm_up: int, beta: float
+) -> NDArray[np.float64]:
     spec = engine.spec
-    sample = prepare(observation["images"], observation["state"],
-                     conditioning.positive_prompt(observation["prompt"]), spec.robot, engine.tokenizer)
+    sample = prepare(
+        observation["images"],
+        observation["state"],
+        conditioning.positive_prompt(observation["prompt"]),
+        spec.robot,
+        engine.tokenizer,
+    )
     inputs: dict[str, NDArray[Any]] = {
-        "images": sample.images, "state": sample.state, "tokens": sample.tokens, "token_mask": sample.token_mask,
-        "noise": np.zeros(engine.input_shapes["noise"], np.float32)}
+        "images": sample.images,
+        "state": sample.state,
+        "tokens": sample.tokens,
+        "token_mask": sample.token_mask,
+        "noise": np.zeros(engine.input_shapes["noise"], np.float32),
+    }
     if beta > 1.0:
         ids, mask = engine.tokenizer(conditioning.unconditional_prompt(observation["prompt"]))
         inputs |= {"unconditional_tokens": ids, "unconditional_mask": mask, "beta": np.asarray(beta, np.float32)}
@@ -73,8 +91,9 @@ def _time_engine(engine: Engine, observation: dict[str, Any], requests: int, war
     return np.array([_timed(lambda: engine.run(batch)) for _ in range(warm_up + requests)][warm_up:])
 
 
-def _time_service(models: Path, beta: float, engine: str, observation: dict[str, Any], requests: int,
-                  warm_up: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _time_service(
+    models: Path, beta: float, engine: str, observation: dict[str, Any], requests: int, warm_up: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -40,8 +40,10 @@ def serve_one(args: ServeArgs, ready: Any = None) -> int:
     app = _policy_app(args) if policy else _critic_app(args)
     server = make_server(app, app.state.limits)
     if args.host not in ("127.0.0.1", "::1", "localhost") and api_key_from() is None:
-        console.print(f"{args.what}: open to everyone who reaches {args.host}; set {API_KEY_VARIABLE} to ask for a key",
-                      style="yellow")
+        console.print(
+            f"{args.what}: open to everyone who reaches {args.host}; set {API_KEY_VARIABLE} to ask for a key",
+            style="yellow",
+        )
     factory = server.config.get_loop_factory()  # uvloop where it is installed: a tenth of a millisecond a request
     asyncio.run(_serve(server, sock, args, ready), loop_factory=factory)
     return 0
@@ -191,8 +193,10 @@ class _Supervisor:
                     continue
                 recent = [start for start in self._starts[what] if time.monotonic() - start < _WITHIN_S]
                 if child.exitcode == _SETUP_FAILED or len(recent) > _RESTARTS:
-                    _complain(f"the {what} service ended with exit code {child.exitcode} and cannot be kept running "
-                              f"({len(recent)} starts in {_WITHIN_S:.0f} s); stopping")
+                    _complain(
+                        f"the {what} service ended with exit code {child.exitcode} and cannot be kept running "
+                        f"({len(recent)} starts in {_WITHIN_S:.0f} s); stopping"
+                    )
                     return 1
                 _complain(f"the {what} service ended with exit code {child.exitcode}; restarting it")
                 time.sleep(min(0.2 * len(recent), 1.0))

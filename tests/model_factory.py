@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 
+from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 from recap_model.critic.config import CriticConfig
 from recap_model.critic.model import Critic
 from recap_model.manifest import publish, write_manifest

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+
 from recap_client.record import EpisodeInfo, Outcome, Recorder, StepRecord
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
-
 from training.ingest import ingest, survey
 
 SPEC = RobotSpec(

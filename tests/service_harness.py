@@ -111,8 +111,9 @@ class NativeClient:
     """`recap.v1`, message by message."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.socket: ClientConnection = connect(url, subprotocols=["recap.v1"], compression=None, max_size=None,
-                                                proxy=None, **options)
+        self.socket: ClientConnection = connect(
+            url, subprotocols=["recap.v1"], compression=None, max_size=None, proxy=None, **options
+        )
         self.welcome = self.receive()
 
     def __enter__(self) -> "NativeClient":
@@ -151,8 +152,15 @@ def observation(spec: Any, *, seed: int = 0, prompt: str = TASKS[0], state: Any 
 
 def act(spec: Any, seq: int = 1, **parts: Any) -> dict[str, Any]:
     """An `act` message; parts replace or add to it."""
-    return {"type": "act", "seq": seq, "t_obs": 12.5, "robot": "r1", "episode": "e1",
-            "observation": observation(spec), **parts}
+    return {
+        "type": "act",
+        "seq": seq,
+        "t_obs": 12.5,
+        "robot": "r1",
+        "episode": "e1",
+        "observation": observation(spec),
+        **parts,
+    }
 
 
 def eventually(check: Callable[[], Any], timeout: float = 10.0) -> Any:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
 from sample_rollouts import record
-
 from training.dataset import open_dataset
 from training.ingest import ingest, survey
 from training.labels import make_returns

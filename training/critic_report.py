@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from recap_model.statistics import auc, spearman
 
+from recap_model.statistics import auc, spearman
 from training.loader import FrameTable
 
 _PROGRESS = (0.25, 0.5, 0.75)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from recap_client.spec import RobotSpec
 
+from recap_client.spec import RobotSpec
 from recap_model import conditioning, observation
 from recap_model.tokenizer import TextTokenizer
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from recap_client.spec import RobotSpec, SpecError, require_equal
 from rich.progress import track
 
+from recap_client.spec import RobotSpec, SpecError, require_equal
 from recap_model import conditioning
 from training.dataset import Dataset, open_dataset
 from training.labels import load_labels, load_returns

@@ -23,5 +23,7 @@ def check_caller(headers: Mapping[str, str], query: Mapping[str, str], api_key: 
     if scheme.lower() not in ("api-key", "bearer"):
         presented = query.get("api_key", "")
     if not hmac.compare_digest(presented.strip().encode(), api_key.encode()):
-        raise ServiceError("unauthorized", "Authorization: expected `Api-Key KEY` or `Bearer KEY` with the key of this "
-                                           "service, got none or another")
+        raise ServiceError(
+            "unauthorized",
+            "Authorization: expected `Api-Key KEY` or `Bearer KEY` with the key of this service, got none or another",
+        )

@@ -114,8 +114,10 @@ class Batcher:
             self.last_error = None
             spent = time.perf_counter() - start
             self._on_batch(len(items))
-            answers = [Answer({name: array[i] for name, array in outputs.items()}, start - item.submitted, spent,
-                              len(items)) for i, item in enumerate(items)]
+            answers = [
+                Answer({name: array[i] for name, array in outputs.items()}, start - item.submitted, spent, len(items))
+                for i, item in enumerate(items)
+            ]
             _post(items, _resolve_all, items, answers)
 
 
@@ -149,5 +151,12 @@ def _fail(item: _Item, error: Exception) -> None:
 
 
 def _expire(item: _Item, deadline_s: float) -> None:
-    _fail(item, ServiceError("deadline", f"no answer within the deadline of {1000 * deadline_s:.1f} ms",
-                             field="deadline_ms", expected=f"an answer within {1000 * deadline_s:.1f} ms"))
+    _fail(
+        item,
+        ServiceError(
+            "deadline",
+            f"no answer within the deadline of {1000 * deadline_s:.1f} ms",
+            field="deadline_ms",
+            expected=f"an answer within {1000 * deadline_s:.1f} ms",
+        ),
+    )

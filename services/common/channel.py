@@ -85,8 +85,9 @@ class Channel:
     """One connection. Requests named in `concurrent` run beside each other, so that a newer one can overtake; every
     other is answered before the next message is read."""
 
-    def __init__(self, socket: WebSocket, handlers: Mapping[str, Handler], *, limit: int,
-                 concurrent: frozenset[str]) -> None:
+    def __init__(
+        self, socket: WebSocket, handlers: Mapping[str, Handler], *, limit: int, concurrent: frozenset[str]
+    ) -> None:
         self._socket, self._limit, self._concurrent = socket, limit, concurrent
         self._handlers: dict[str, Handler] = {"ping": _pong, **handlers}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,8 +132,12 @@ class Channel:
         except Exception as error:
             fault = fault_of(error)
             if fault.code == "internal":
-                log.error("request failed", type=received.body.get("type"), error=fault.message,
-                          exc_info=not isinstance(error, ServiceError))
+                log.error(
+                    "request failed",
+                    type=received.body.get("type"),
+                    error=fault.message,
+                    exc_info=not isinstance(error, ServiceError),
+                )
             reply = error_message(fault, received.body.get("seq"))
         await self._reply(reply)
 

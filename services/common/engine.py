@@ -74,7 +74,8 @@ def load_engine(models: Path, model: str, kind: str = "onnxruntime") -> Engine:
     try:
         factory = getattr(import_module(module), name)
     except ImportError as error:
-        raise EngineError(f"engine {kind!r}: cannot import {error.name}; "
-                          f"install it with `pip install 'recap-stack[serve]'`") from error
+        raise EngineError(
+            f"engine {kind!r}: cannot import {error.name}; install it with `pip install 'recap-stack[serve]'`"
+        ) from error
     engine: Engine = factory(open_model(models, model))
     return engine

@@ -8,11 +8,29 @@ from recap_client.wire import WireError
 from recap_model.observation import ObservationError
 from recap_model.tokenizer import PromptTooLong
 
-CODES = ("bad_observation", "bad_message", "too_large", "deadline", "superseded", "internal", "shutting_down",
-         "unavailable", "unauthorized")
+CODES = (
+    "bad_observation",
+    "bad_message",
+    "too_large",
+    "deadline",
+    "superseded",
+    "internal",
+    "shutting_down",
+    "unavailable",
+    "unauthorized",
+)
 
-_HTTP_STATUS = {"bad_observation": 422, "bad_message": 400, "too_large": 413, "deadline": 504, "superseded": 409,
-                "internal": 500, "shutting_down": 503, "unavailable": 503, "unauthorized": 401}
+_HTTP_STATUS = {
+    "bad_observation": 422,
+    "bad_message": 400,
+    "too_large": 413,
+    "deadline": 504,
+    "superseded": 409,
+    "internal": 500,
+    "shutting_down": 503,
+    "unavailable": 503,
+    "unauthorized": 401,
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,13 @@ class Fault:
 
     def to_message(self) -> dict[str, Any]:
         """Plain map; absent parts are left out."""
-        parts = {"code": self.code, "message": self.message, "field": self.field, "expected": self.expected,
-                 "got": self.got}
+        parts = {
+            "code": self.code,
+            "message": self.message,
+            "field": self.field,
+            "expected": self.expected,
+            "got": self.got,
+        }
         return {key: value for key, value in parts.items() if value is not None}
 
     @property
@@ -39,8 +62,9 @@ class Fault:
 class ServiceError(Exception):
     """An error with a `Fault` for the caller."""
 
-    def __init__(self, code: str, message: str, *, field: str | None = None, expected: str | None = None,
-                 got: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, field: str | None = None, expected: str | None = None, got: str | None = None
+    ) -> None:
         super().__init__(message)
         self.fault = Fault(code, message, field, expected, got)
 

@@ -54,6 +54,10 @@ def _array(value: dict[str, Any], path: str) -> NDArray[Any]:
     except (binascii.Error, TypeError, ValueError) as error:
         raise bad_field("bad_message", f"{path}.__numpy__", "base64 text", str(error)) from error
     if len(data) != math.prod(shape) * dtype.itemsize or not data:
-        raise bad_field("bad_message", path, f"{math.prod(shape) * dtype.itemsize} bytes for {name} {shape}"[:120],
-                        f"{len(data)} bytes")
+        raise bad_field(
+            "bad_message",
+            path,
+            f"{math.prod(shape) * dtype.itemsize} bytes for {name} {shape}"[:120],
+            f"{len(data)} bytes",
+        )
     return np.frombuffer(data, dtype).reshape(shape)

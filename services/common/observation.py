@@ -36,8 +36,11 @@ def read_observation(body: Mapping[str, Any]) -> Observation:
     if not isinstance(images, Mapping):
         raise bad_field("bad_observation", "images", "a map of camera name to frame", type(images).__name__)
     prompt = parts.get("prompt")
-    return Observation(with_text_keys(images), parts.get("state"),
-                       prompt.decode("utf-8", "replace") if isinstance(prompt, bytes) else prompt)
+    return Observation(
+        with_text_keys(images),
+        parts.get("state"),
+        prompt.decode("utf-8", "replace") if isinstance(prompt, bytes) else prompt,
+    )
 
 
 async def decoded(observation: Observation, cameras: tuple[str, ...]) -> Observation:

@@ -16,8 +16,13 @@ from services.common.repository import ModelFolder
 BATCH_SIZES = (1, 2, 4, 8)
 BATCH_DIMENSION = "batch"
 
-_DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(int32)": np.int32,
-           "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+_DTYPES = {
+    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,24 @@ class OnnxRuntimeEngine:
         for name, want in self._inputs.items():
             array = inputs[name]
             if array.dtype != want.dtype or array.shape[1:] != want.shape or array.ndim == 0:
-                raise EngineError(f"{self.name}: input {name}: expected {want.dtype} [batch, "
-                                  f"{', '.join(map(str, want.shape))}], got {array.dtype} {list(array.shape)}")
+                raise EngineError(
+                    f"{self.name}: input {name}: expected {want.dtype} [batch, "
+                    f"{', '.join(map(str, want.shape))}], got {array.dtype} {list(array.shape)}"
+                )
             counts.add(len(array))
         if len(counts) != 1 or 0 in counts:
-            raise EngineError(f"{self.name}: batch: expected the same number (at least 1) for all inputs, "
-                              f"got {sorted(counts)}")
+            raise EngineError(
+                f"{self.name}: batch: expected the same number (at least 1) for all inputs, got {sorted(counts)}"
+            )
         return counts.pop()
 
 
 def _session(model: ModelFolder, size: int) -> onnxruntime.InferenceSession:
     path = model.path / "model.onnx"
     if not path.is_file():
-        raise EngineError(f"{model.path}: expected a file model.onnx, got none; "
-                          f"export with `recap export CHECKPOINT --target onnx`")
+        raise EngineError(
+            f"{model.path}: expected a file model.onnx, got none; export with `recap export CHECKPOINT --target onnx`"
+        )
     options = onnxruntime.SessionOptions()
     options.add_free_dimension_override_by_name(BATCH_DIMENSION, size)
     options.intra_op_num_threads = 1
@@ -130,8 +139,9 @@ def _session(model: ModelFolder, size: int) -> onnxruntime.InferenceSession:
 def _describe(item: Any, model: ModelFolder) -> _Input:
     shape = tuple(item.shape[1:])
     if item.type not in _DTYPES or not all(isinstance(extent, int) for extent in shape):
-        raise EngineError(f"{model.path}: input {item.name}: expected a known dtype and fixed extents, "
-                          f"got {item.type} {item.shape}")
+        raise EngineError(
+            f"{model.path}: input {item.name}: expected a known dtype and fixed extents, got {item.type} {item.shape}"
+        )
     return _Input(np.dtype(_DTYPES[item.type]), shape)
 
 

@@ -37,8 +37,10 @@ def open_model(models: Path, name: str) -> ModelFolder:
     folder = Path(models) / name
     if not folder.is_dir():
         there = sorted(p.name for p in Path(models).iterdir() if p.is_dir()) if Path(models).is_dir() else []
-        raise RepositoryError(f"{models}: expected a model repository with a folder {name!r}, got "
-                              f"{there or 'no such folder'}; make one with `recap export CHECKPOINT --out {models}`")
+        raise RepositoryError(
+            f"{models}: expected a model repository with a folder {name!r}, got "
+            f"{there or 'no such folder'}; make one with `recap export CHECKPOINT --out {models}`"
+        )
     versions = sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
     if not versions:
         raise RepositoryError(f"{folder}: expected a version folder such as 1, got none")
@@ -48,8 +50,9 @@ def open_model(models: Path, name: str) -> ModelFolder:
         if not (path / needed).is_file():
             raise RepositoryError(f"{path}: expected a file {needed}, got none; export the model again")
     spec = read_spec(path / "spec.json")
-    return ModelFolder(name, str(versions[0]), path, manifest, spec,
-                       TextTokenizer.load(path / "tokenizer.json", spec.max_tokens))
+    return ModelFolder(
+        name, str(versions[0]), path, manifest, spec, TextTokenizer.load(path / "tokenizer.json", spec.max_tokens)
+    )
 
 
 def has_model(models: Path, name: str) -> bool:

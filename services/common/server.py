@@ -32,8 +32,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock.listen(256)
     except OSError as error:
         sock.close()
-        raise PortInUse(f"{host}:{port}: cannot listen here ({error.strerror}); "
-                        f"stop the other program or choose another port") from error
+        raise PortInUse(
+            f"{host}:{port}: cannot listen here ({error.strerror}); stop the other program or choose another port"
+        ) from error
     sock.set_inheritable(True)
     return sock
 
@@ -71,9 +72,18 @@ class Running:
 
 def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
     """A server for an app of `services.policy.app` or `services.critic.app`."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="websockets-sansio",
-                            ws_max_size=limits.frame, ws_per_message_deflate=False, server_header=False,
-                            date_header=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="websockets-sansio",
+        ws_max_size=limits.frame,
+        ws_per_message_deflate=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=1,
+    )
     return DrainingServer(config, app.state.connections)
 
 

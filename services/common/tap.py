@@ -30,8 +30,9 @@ class CriticTap:
     count: called with "sent", "dropped" or "failed" for every observation.
     """
 
-    def __init__(self, url: str, *, hz: float = 20.0, api_key: str | None = None,
-                 count: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, url: str, *, hz: float = 20.0, api_key: str | None = None, count: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._url, self._period, self._api_key, self._count = url, 1.0 / hz, api_key, count
         self._queue: dict[object, Mapping[str, Any]] = {}  # in order; an observation's key is its robot's name
         self._lock = threading.Lock()
@@ -89,8 +90,15 @@ class CriticTap:
         told = False
         while True:
             try:
-                async with connect(self._url, subprotocols=["recap.v1"], compression=None, max_size=2**20,  # type: ignore[list-item]
-                                   proxy=None, open_timeout=5, additional_headers=headers) as socket:
+                async with connect(
+                    self._url,
+                    subprotocols=["recap.v1"],
+                    compression=None,
+                    max_size=2**20,  # type: ignore[list-item]
+                    proxy=None,
+                    open_timeout=5,
+                    additional_headers=headers,
+                ) as socket:
                     log.info("critic connected", url=self._url)
                     told = False
                     self._under_way.clear()
@@ -98,8 +106,11 @@ class CriticTap:
                     await self._exchange(socket)
             except (OSError, TimeoutError, WebSocketException) as error:
                 if not told:
-                    log.warning("critic not reachable; the policy serves on without it", url=self._url,
-                                error=f"{type(error).__name__}: {error}")
+                    log.warning(
+                        "critic not reachable; the policy serves on without it",
+                        url=self._url,
+                        error=f"{type(error).__name__}: {error}",
+                    )
                 told = True
             finally:
                 self.connected = False
@@ -124,8 +135,11 @@ class CriticTap:
     def _ready(self) -> list[Mapping[str, Any]]:
         now = time.monotonic()
         with self._lock:
-            keys = [key for key in self._queue
-                    if not isinstance(key, str) or now - self._under_way.get(key, -1e9) > _ANSWER_S]
+            keys = [
+                key
+                for key in self._queue
+                if not isinstance(key, str) or now - self._under_way.get(key, -1e9) > _ANSWER_S
+            ]
             messages = [self._queue.pop(key) for key in keys]
         self._under_way.update({key: now for key in keys if isinstance(key, str)})
         return messages

@@ -51,8 +51,11 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
     @app.get("/value/stream")
     async def stream(request: Request) -> StreamingResponse:
         check_caller(request.headers, request.query_params, settings.api_key)
-        return StreamingResponse(service.broadcast.listen(), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            service.broadcast.listen(),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
 
     @app.post("/value")
     async def post(request: Request) -> JSONResponse:
@@ -93,8 +96,12 @@ def _channel(socket: WebSocket, service: CriticService) -> Channel:
     async def outcome(received: Received) -> Message:
         return service.outcome(received.body)
 
-    return Channel(socket, {"observe": observe, "reset": reset, "outcome": outcome}, limit=service.limits.message,
-                   concurrent=frozenset({"observe"}))
+    return Channel(
+        socket,
+        {"observe": observe, "reset": reset, "outcome": outcome},
+        limit=service.limits.message,
+        concurrent=frozenset({"observe"}),
+    )
 
 
 def _json(data: bytes) -> Message:

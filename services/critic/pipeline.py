@@ -43,14 +43,22 @@ class CriticPipeline:
 
         Raises ObservationError, PromptTooLong or ServiceError.
         """
-        inputs = prepare(observation.images, observation.state, task_text(observation.prompt), self.spec.robot,
-                         self._tokens)  # type: ignore[arg-type]  # a cached tokenizer is called like a tokenizer
-        answer = await self._batcher.run(key, {
-            "images": inputs.images, "state": inputs.state, "tokens": inputs.tokens, "token_mask": inputs.token_mask})
+        inputs = prepare(
+            observation.images, observation.state, task_text(observation.prompt), self.spec.robot, self._tokens
+        )  # type: ignore[arg-type]  # a cached tokenizer is called like a tokenizer
+        answer = await self._batcher.run(
+            key,
+            {"images": inputs.images, "state": inputs.state, "tokens": inputs.tokens, "token_mask": inputs.token_mask},
+        )
         value, probabilities = float(answer.outputs["value"]), answer.outputs["probabilities"]
         if not (np.isfinite(value) and np.isfinite(probabilities).all()):
-            raise ServiceError("internal", "the critic gave NaN or infinity; not sent", field="value",
-                               expected="a finite number", got=str(value))
+            raise ServiceError(
+                "internal",
+                "the critic gave NaN or infinity; not sent",
+                field="value",
+                expected="a finite number",
+                got=str(value),
+            )
         clipped = min(max(value, self.spec.value_low), self.spec.value_high)
         return Value(clipped, self._spread(probabilities), answer.queue_s, answer.infer_s)
 

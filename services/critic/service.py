@@ -45,8 +45,13 @@ class CriticService:
 
     def welcome(self) -> Message:
         model = {"name": self.engine.name, "version": self.engine.version, "hash": self.engine.hash}
-        return {"type": "welcome", "protocol": "recap.v1", "kind": "critic", "spec": spec_to_json(self.engine.spec),
-                "model": model}
+        return {
+            "type": "welcome",
+            "protocol": "recap.v1",
+            "kind": "critic",
+            "spec": spec_to_json(self.engine.spec),
+            "model": model,
+        }
 
     async def observe(self, body: Message, sender: object) -> Message:
         """Answer an `observe` message. Raises what `read_observation` and `CriticPipeline.value` raise.
@@ -83,8 +88,11 @@ class CriticService:
 
     def reset(self, body: Message) -> Message:
         """Begin an episode."""
-        self._begin(text(body, "robot", "robot", limit=64), text(body, "episode", "0", limit=128),
-                    text(body, "task", "", limit=2000))
+        self._begin(
+            text(body, "robot", "robot", limit=64),
+            text(body, "episode", "0", limit=128),
+            text(body, "task", "", limit=2000),
+        )
         return {"type": "ok"}
 
     def outcome(self, body: Message) -> Message:
@@ -92,18 +100,24 @@ class CriticService:
         success = body.get("success")
         if success is not None and not isinstance(success, bool):
             raise bad_field("bad_message", "success", "true, false or null", type(success).__name__)
-        track = self.episodes.end(text(body, "robot", "robot", limit=64), text(body, "episode", "0", limit=128),
-                                  success)
+        track = self.episodes.end(
+            text(body, "robot", "robot", limit=64), text(body, "episode", "0", limit=128), success
+        )
         if track is not None:
-            self.broadcast.send(_state(track) | {"type": "outcome", "success": success,
-                                                 "outcomes": list(track.outcomes)})
+            self.broadcast.send(
+                _state(track) | {"type": "outcome", "success": success, "outcomes": list(track.outcomes)}
+            )
         return {"type": "ok"}
 
     def snapshot(self) -> Iterable[Message]:
         """Everything a new listener needs to draw every robot."""
         for track in self.episodes.tracks:
-            yield _state(track) | {"type": "snapshot", "outcomes": list(track.outcomes), "finished": track.finished,
-                                   "history": [[round(step, 2), round(v, 4)] for step, v in track.points]}
+            yield _state(track) | {
+                "type": "snapshot",
+                "outcomes": list(track.outcomes),
+                "finished": track.finished,
+                "history": [[round(step, 2), round(v, 4)] for step, v in track.points],
+            }
 
     def _begin(self, robot: str, episode: str, task: str) -> Track:
         track, forgotten = self.episodes.begin(robot, episode, task)
@@ -117,21 +131,44 @@ class CriticService:
         self.metrics.value.labels(track.robot).set(judgement.value)
         if judgement.raised:
             self.metrics.alarms.inc()
-            log.warning("alarm", robot=track.robot, reason=judgement.alarm, value=round(judgement.value, 3),
-                        step=round(judgement.step))
+            log.warning(
+                "alarm",
+                robot=track.robot,
+                reason=judgement.alarm,
+                value=round(judgement.value, 3),
+                step=round(judgement.step),
+            )
         self.broadcast.send(_state(track) | {"type": "value", "seconds_to_success": judgement.seconds_to_success})
 
     def _reply(self, body: Message, track: Track, value: Value, judgement: Judgement) -> Message:
         seq = body.get("seq")
-        return {"type": "value", "seq": seq if isinstance(seq, int) else None, "robot": track.robot,
-                "episode": track.episode, "value": judgement.value, "progress": judgement.progress, "std": value.std,
-                "advantage": judgement.advantage, "seconds_to_success": judgement.seconds_to_success,
-                "alarm": judgement.alarm is not None, "alarm_reason": judgement.alarm,
-                "server_timing": {"queue_ms": 1000 * value.queue_s, "infer_ms": 1000 * value.infer_s}}
+        return {
+            "type": "value",
+            "seq": seq if isinstance(seq, int) else None,
+            "robot": track.robot,
+            "episode": track.episode,
+            "value": judgement.value,
+            "progress": judgement.progress,
+            "std": value.std,
+            "advantage": judgement.advantage,
+            "seconds_to_success": judgement.seconds_to_success,
+            "alarm": judgement.alarm is not None,
+            "alarm_reason": judgement.alarm,
+            "server_timing": {"queue_ms": 1000 * value.queue_s, "infer_ms": 1000 * value.infer_s},
+        }
 
 
 def _state(track: Track) -> Message:
     step, value = track.points[-1] if track.points else (0.0, None)
-    return {"robot": track.robot, "task": track.task, "episode": track.episode, "step": round(step, 2),
-            "value": value, "progress": None if value is None else 1 + value, "alarm": track.rule.reason is not None,
-            "alarm_reason": track.rule.reason, "latency_ms": track.latency_ms, "success": track.success}
+    return {
+        "robot": track.robot,
+        "task": track.task,
+        "episode": track.episode,
+        "step": round(step, 2),
+        "value": value,
+        "progress": None if value is None else 1 + value,
+        "alarm": track.rule.reason is not None,
+        "alarm_reason": track.rule.reason,
+        "latency_ms": track.latency_ms,
+        "success": track.success,
+    }

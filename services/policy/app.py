@@ -41,9 +41,11 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
 
     @app.get("/")
     async def about() -> PlainTextResponse:
-        return PlainTextResponse(f"recap policy service: {engine.name} version {engine.version}\n"
-                                 f"websocket: any path (openpi protocol, or subprotocol {SUBPROTOCOL}); POST /act\n"
-                                 f"/livez /readyz /healthz /metrics\n")
+        return PlainTextResponse(
+            f"recap policy service: {engine.name} version {engine.version}\n"
+            f"websocket: any path (openpi protocol, or subprotocol {SUBPROTOCOL}); POST /act\n"
+            f"/livez /readyz /healthz /metrics\n"
+        )
 
     @app.websocket("/{path:path}")
     async def websocket(socket: WebSocket, path: str) -> None:  # noqa: ARG001 - openpi accepts any path

@@ -47,8 +47,10 @@ class PolicyPipeline:
             raise EngineError(f"{engine.name}: expected a policy, got a {engine.spec.kind}")
         guided = "beta" in engine.input_names
         if guided != (beta > 1.0):
-            raise EngineError(f"{engine.name}: expected a {'guided' if beta > 1 else 'plain'} graph for beta {beta}, "
-                              f"got inputs {sorted(engine.input_names)}")
+            raise EngineError(
+                f"{engine.name}: expected a {'guided' if beta > 1 else 'plain'} graph for beta {beta}, "
+                f"got inputs {sorted(engine.input_names)}"
+            )
         self.spec: PolicySpec = engine.spec
         self._batcher = batcher
         self._noise_shape = engine.input_shapes["noise"]
@@ -57,8 +59,16 @@ class PolicyPipeline:
         self._positive = lru_cache(maxsize=1024)(self._encode_positive)
         self._unconditional = lru_cache(maxsize=1024)(self._encode_unconditional)
 
-    async def act(self, session: Session, observation: Observation, *, ticket: int | None = None,
-                  seed: int | None = None, seq: int = 0, deadline_s: float | None = None) -> Chunk:
+    async def act(
+        self,
+        session: Session,
+        observation: Observation,
+        *,
+        ticket: int | None = None,
+        seed: int | None = None,
+        seq: int = 0,
+        deadline_s: float | None = None,
+    ) -> Chunk:
         """The next chunk for a session.
 
         ticket: from `session.arrive()` when the observation came in; None = now. deadline_s: seconds from now.
@@ -97,8 +107,13 @@ class PolicyPipeline:
             raise ServiceError("internal", f"actions: expected {list(want)} from the model, got {list(actions.shape)}")
         if not np.isfinite(actions).all():
             names = [dim.name for i, dim in enumerate(self.spec.robot.action) if not np.isfinite(actions[:, i]).all()]
-            raise ServiceError("internal", f"the model gave NaN or infinite actions for {', '.join(names)}; not sent",
-                               field="actions", expected="finite numbers", got="NaN or infinity")
+            raise ServiceError(
+                "internal",
+                f"the model gave NaN or infinite actions for {', '.join(names)}; not sent",
+                field="actions",
+                expected="finite numbers",
+                got="NaN or infinity",
+            )
         return actions
 
 

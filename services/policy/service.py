@@ -42,8 +42,12 @@ class PolicyService:
 
     def start(self) -> None:
         if self.settings.critic_url is not None:
-            self.tap = CriticTap(self.settings.critic_url, hz=self.settings.critic_hz, api_key=self.settings.api_key,
-                                 count=lambda result: self.metrics.tap.labels(result).inc())
+            self.tap = CriticTap(
+                self.settings.critic_url,
+                hz=self.settings.critic_hz,
+                api_key=self.settings.api_key,
+                count=lambda result: self.metrics.tap.labels(result).inc(),
+            )
 
     def stop(self) -> None:
         self.batcher.close()
@@ -59,8 +63,15 @@ class PolicyService:
     def welcome(self) -> dict[str, Any]:
         """The first message of `recap.v1`, and the metadata frame of the openpi protocol."""
         model = {"name": self.engine.name, "version": self.engine.version, "hash": self.engine.hash}
-        return {"type": "welcome", "protocol": "recap.v1", "kind": "policy", "spec": spec_to_json(self.engine.spec),
-                "model": model, "beta": self.settings.beta, "conditioning": "positive"}
+        return {
+            "type": "welcome",
+            "protocol": "recap.v1",
+            "kind": "policy",
+            "spec": spec_to_json(self.engine.spec),
+            "model": model,
+            "beta": self.settings.beta,
+            "conditioning": "positive",
+        }
 
     @contextmanager
     def session(self, dialect: str) -> Iterator[Session]:
@@ -86,8 +97,9 @@ class PolicyService:
             fault = fault_of(error)
             self.metrics.count(dialect, fault.code)
             if fault.code == "internal":
-                log.error("act failed", dialect=dialect, error=fault.message,
-                          exc_info=not isinstance(error, ServiceError))
+                log.error(
+                    "act failed", dialect=dialect, error=fault.message, exc_info=not isinstance(error, ServiceError)
+                )
             raise
         self.metrics.count(dialect, "ok")
 
@@ -98,9 +110,14 @@ class PolicyService:
         """
         total = milliseconds(received)
         queue, infer = 1000 * chunk.queue_s, 1000 * chunk.infer_s
-        return {"decode_ms": decode_ms, "queue_ms": queue, "infer_ms": infer,
-                "encode_ms": max(total - decode_ms - queue - infer, 0.0), "total_ms": total,
-                "batch_size": float(chunk.batch)}
+        return {
+            "decode_ms": decode_ms,
+            "queue_ms": queue,
+            "infer_ms": infer,
+            "encode_ms": max(total - decode_ms - queue - infer, 0.0),
+            "total_ms": total,
+            "batch_size": float(chunk.batch),
+        }
 
     def record(self, session: Session, timing: Mapping[str, float], received: float) -> None:
         """Put a sent reply into the histograms."""
@@ -117,9 +134,15 @@ class PolicyService:
             return
         cameras = self.engine.spec.robot.camera_names
         images = {name: observation.images[name] for name in cameras if name in observation.images}
-        message = {"type": "observe", "seq": seq, "t_obs": t_obs, "robot": session.robot, "episode": session.episode,
-                   "act_latency_ms": session.last_total_ms,
-                   "observation": {"images": images, "state": observation.state, "prompt": observation.prompt}}
+        message = {
+            "type": "observe",
+            "seq": seq,
+            "t_obs": t_obs,
+            "robot": session.robot,
+            "episode": session.episode,
+            "act_latency_ms": session.last_total_ms,
+            "observation": {"images": images, "state": observation.state, "prompt": observation.prompt},
+        }
         asyncio.get_running_loop().call_soon(self.tap.observe, message)  # after the reply is on its way
 
     def tell_critic(self, message: Mapping[str, Any]) -> None:

@@ -14,8 +14,17 @@ from service_harness import NativeClient, critic_server, eventually, observation
 
 pytestmark = pytest.mark.browser
 SPEC = robot_spec()
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--window-size=1400,900")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--window-size=1400,900",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +40,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 def observe(client: NativeClient, robot: str, step: int, x: float, **parts: Any) -> None:
     seen = observation(SPEC, prompt=parts.pop("prompt", TASKS[0]), state=np.array([x, 0, 0, 0], np.float32))
-    reply = client.ask({"type": "observe", "seq": step, "t_obs": step / 20, "robot": robot, "episode": "e1",
-                        "observation": seen, **parts})
+    reply = client.ask(
+        {
+            "type": "observe",
+            "seq": step,
+            "t_obs": step / 20,
+            "robot": robot,
+            "episode": "e1",
+            "observation": seen,
+            **parts,
+        }
+    )
     assert reply["type"] == "value", reply
 
 
@@ -43,9 +61,11 @@ def card(browser: webdriver.Chrome, robot: str) -> Any:
 
 def shows(browser: webdriver.Chrome, robot: str, **attributes: object) -> None:
     """Wait until the robot's card carries these data attributes."""
+
     def check() -> bool:
         element = card(browser, robot)
         return all(element.get_attribute(f"data-{name}") == str(value) for name, value in attributes.items())
+
     eventually(check)
 
 

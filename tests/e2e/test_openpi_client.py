@@ -58,10 +58,10 @@ def test_observation_dialects_reach_the_model_as_the_same_inputs(served: Served)
         seen,
         seen | {"images": {name: image.transpose(2, 0, 1) for name, image in images.items()}},
         slash | {"observation/state": state.astype(np.float64), "prompt": prompt},
-        {f"observation/images/{name}": image for name, image in images.items()} | {"observation/state": state,
-                                                                                  "prompt": prompt},
-        {f"observation.images.{name}": image for name, image in images.items()} | {"observation.state": state.tolist(),
-                                                                                  "prompt": prompt.encode()},
+        {f"observation/images/{name}": image for name, image in images.items()}
+        | {"observation/state": state, "prompt": prompt},
+        {f"observation.images.{name}": image for name, image in images.items()}
+        | {"observation.state": state.tolist(), "prompt": prompt.encode()},
         slash | {"observation/state": state, "prompt": np.str_(prompt)},
     ]
     policy = WebsocketClientPolicy(f"ws://127.0.0.1:{served.port}")
@@ -81,11 +81,14 @@ def test_float_images_are_scaled_as_openpi_scales_them(served: Served) -> None:
     np.testing.assert_array_equal(served.engine.calls[-1]["images"][0, 0], (255 * floats["front"]).astype(np.uint8))
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"state": np.full(4, np.nan)}, ["bad_observation", "state", "NaN"]),
-    ({"images": {"front": np.zeros((8, 8, 3), np.uint8)}}, ["images[front]", "16", "8"]),
-    ({"prompt": None}, ["prompt"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"state": np.full(4, np.nan)}, ["bad_observation", "state", "NaN"]),
+        ({"images": {"front": np.zeros((8, 8, 3), np.uint8)}}, ["images[front]", "16", "8"]),
+        ({"prompt": None}, ["prompt"]),
+    ],
+)
 def test_an_error_arrives_as_text_and_ends_the_connection(served: Served, change: dict, words: list[str]) -> None:
     policy = WebsocketClientPolicy(f"ws://127.0.0.1:{served.port}")
     with pytest.raises(RuntimeError, match="Error in inference server") as error:

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from recap_client.rollout import read_rollout
 from recap_client.spec import Camera
-from sample_rollouts import SPEC, record, record_mixed, truncate
-
 from recap_model import cli
 from recap_model.manifest import read_manifest
+from sample_rollouts import SPEC, record, record_mixed, truncate
 from training.dataset import open_dataset
 from training.ingest import IngestError, ingest, survey
 

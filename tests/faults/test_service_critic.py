@@ -22,8 +22,10 @@ def track(critic: Served, robot: str = "r1"):
 
 
 def test_observations_latency_and_outcomes_reach_the_critic(models: Path) -> None:
-    with (critic_server(models) as critic,
-          policy_server(models, critic_url=critic.url("/value"), critic_hz=1000) as policy):
+    with (
+        critic_server(models) as critic,
+        policy_server(models, critic_url=critic.url("/value"), critic_hz=1000) as policy,
+    ):
         eventually(lambda: policy.service.tap.connected)
         with NativeClient(policy.url()) as client:
             client.ask({"type": "reset", "robot": "r1", "episode": "e1", "task": TASKS[0]})
@@ -58,8 +60,10 @@ def test_a_critic_that_is_not_there_is_counted_and_not_waited_for(models: Path) 
 
 
 def test_a_slow_critic_costs_frames_and_not_time(models: Path) -> None:
-    with (critic_server(models) as critic,
-          policy_server(models, critic_url=critic.url("/value"), critic_hz=1e6) as policy):
+    with (
+        critic_server(models) as critic,
+        policy_server(models, critic_url=critic.url("/value"), critic_hz=1e6) as policy,
+    ):
         eventually(lambda: policy.service.tap.connected)
         with critic.engine.held(), NativeClient(policy.url()) as client:
             for seq in range(30):
@@ -84,8 +88,9 @@ def test_a_restarted_critic_is_found_again_and_outcomes_are_not_lost(models: Pat
                 seen = eventually(lambda: track(second), timeout=15)
                 eventually(lambda: track(second).finished)
                 assert seen.episode == "e2" and track(second).outcomes[0]["success"] is False
-                eventually(lambda: client.ask(act(SPEC, 3, episode="e3"))["type"] == "chunk"
-                           and track(second).episode == "e3")
+                eventually(
+                    lambda: client.ask(act(SPEC, 3, episode="e3"))["type"] == "chunk" and track(second).episode == "e3"
+                )
             client.socket.close()
 
 

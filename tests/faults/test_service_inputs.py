@@ -36,33 +36,41 @@ def images(**change: Any) -> dict[str, Any]:
     return seen(images={key: value for key, value in frames.items() if value is not None})
 
 
-@pytest.mark.parametrize("parts, code, field, words", [
-    (images(front=np.zeros((8, 16, 3), np.uint8)), "bad_observation", "images[front]", ["[16, 16, 3]", "[8, 16, 3]"]),
-    (images(front=np.zeros((16, 16, 3), np.float32)), "bad_observation", "images[front]", ["uint8", "float32"]),
-    (images(top=None), "bad_observation", "images[top]", ["no such camera", "front"]),
-    (images(front=JpegImage(b"\xff\xd8\xff no image")), "bad_observation", "images", ["JPEG"]),
-    (images(front=[[1, 2], [3]]), "bad_observation", "images[front]", ["list"]),
-    (seen(images=np.zeros(3)), "bad_observation", "images", ["ndarray"]),
-    (seen(images=None), "bad_observation", "images", ["NoneType"]),
-    (seen(state=np.array([0, np.nan, 0, 0])), "bad_observation", "state", ["NaN", "y"]),
-    (seen(state=np.zeros(5)), "bad_observation", "state", ["4", "[5]"]),
-    (seen(state="here"), "bad_observation", "state", ["4"]),
-    (seen(state=None), "bad_observation", "state", ["4"]),
-    (seen(prompt=None), "bad_observation", "prompt", ["none"]),
-    (seen(prompt=" "), "bad_observation", "prompt", ["1 to"]),
-    (seen(prompt="open " * 30), "bad_observation", "prompt", ["16 tokens"]),
-    (seen(prompt=f"{TASKS[0]}\nAdvantage: negative"), "bad_observation", "prompt", ["the task alone"]),
-    ({"observation": None}, "bad_message", "observation", ["map"]),
-    ({"observation": [1]}, "bad_message", "observation", ["map", "list"]),
-    ({"deadline_ms": "soon"}, "bad_message", "deadline_ms", ["number"]),
-    ({"deadline_ms": float("nan")}, "bad_message", "deadline_ms", ["finite"]),
-    ({"seed": -1}, "bad_message", "seed", ["whole"]),
-    ({"seed": 1.5}, "bad_message", "seed", ["whole"]),
-    ({"robot": "x" * 65}, "bad_message", "robot", ["64"]),
-    ({"robot": 3}, "bad_message", "robot", ["text"]),
-    ({"type": "dance"}, "bad_message", "type", ["act", "dance"]),
-    ({"type": None}, "bad_message", "type", ["act"]),
-])
+@pytest.mark.parametrize(
+    "parts, code, field, words",
+    [
+        (
+            images(front=np.zeros((8, 16, 3), np.uint8)),
+            "bad_observation",
+            "images[front]",
+            ["[16, 16, 3]", "[8, 16, 3]"],
+        ),
+        (images(front=np.zeros((16, 16, 3), np.float32)), "bad_observation", "images[front]", ["uint8", "float32"]),
+        (images(top=None), "bad_observation", "images[top]", ["no such camera", "front"]),
+        (images(front=JpegImage(b"\xff\xd8\xff no image")), "bad_observation", "images", ["JPEG"]),
+        (images(front=[[1, 2], [3]]), "bad_observation", "images[front]", ["list"]),
+        (seen(images=np.zeros(3)), "bad_observation", "images", ["ndarray"]),
+        (seen(images=None), "bad_observation", "images", ["NoneType"]),
+        (seen(state=np.array([0, np.nan, 0, 0])), "bad_observation", "state", ["NaN", "y"]),
+        (seen(state=np.zeros(5)), "bad_observation", "state", ["4", "[5]"]),
+        (seen(state="here"), "bad_observation", "state", ["4"]),
+        (seen(state=None), "bad_observation", "state", ["4"]),
+        (seen(prompt=None), "bad_observation", "prompt", ["none"]),
+        (seen(prompt=" "), "bad_observation", "prompt", ["1 to"]),
+        (seen(prompt="open " * 30), "bad_observation", "prompt", ["16 tokens"]),
+        (seen(prompt=f"{TASKS[0]}\nAdvantage: negative"), "bad_observation", "prompt", ["the task alone"]),
+        ({"observation": None}, "bad_message", "observation", ["map"]),
+        ({"observation": [1]}, "bad_message", "observation", ["map", "list"]),
+        ({"deadline_ms": "soon"}, "bad_message", "deadline_ms", ["number"]),
+        ({"deadline_ms": float("nan")}, "bad_message", "deadline_ms", ["finite"]),
+        ({"seed": -1}, "bad_message", "seed", ["whole"]),
+        ({"seed": 1.5}, "bad_message", "seed", ["whole"]),
+        ({"robot": "x" * 65}, "bad_message", "robot", ["64"]),
+        ({"robot": 3}, "bad_message", "robot", ["text"]),
+        ({"type": "dance"}, "bad_message", "type", ["act", "dance"]),
+        ({"type": None}, "bad_message", "type", ["act"]),
+    ],
+)
 def test_what_is_wrong_is_named(served: Served, parts: dict, code: str, field: str, words: list[str]) -> None:
     with NativeClient(served.url()) as client:
         reply = client.ask(act(SPEC, 5, **parts))
@@ -77,15 +85,33 @@ def nested(depth: int) -> bytes:
 
 
 HOSTILE = {
-    "nothing": b"", "a number": b"\x01", "a cut map": wire.pack(act(SPEC))[:50], "noise": bytes(range(256)),
-    "a map of 4 billion": b"\xdf\xff\xff\xff\xff", "an array of 4 billion": b"\xdd\xff\xff\xff\xff",
-    "a text of 4 gigabytes": b"\xdb\xff\xff\xff\xff", "deep": nested(900), "deeper": nested(100_000),
-    "an object array": msgpack.packb({"type": "act", "observation": {"state": {
-        b"__ndarray__": True, b"data": b"x" * 8, b"dtype": "|O", b"shape": [1]}}}),
-    "a huge shape": msgpack.packb({"type": "act", "observation": {"state": {
-        b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [2**40, 2**40]}}}),
-    "a negative shape": msgpack.packb({"type": "act", "observation": {"state": {
-        b"__ndarray__": True, b"data": b"x" * 4, b"dtype": "<f4", b"shape": [-1]}}}),
+    "nothing": b"",
+    "a number": b"\x01",
+    "a cut map": wire.pack(act(SPEC))[:50],
+    "noise": bytes(range(256)),
+    "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
+    "an array of 4 billion": b"\xdd\xff\xff\xff\xff",
+    "a text of 4 gigabytes": b"\xdb\xff\xff\xff\xff",
+    "deep": nested(900),
+    "deeper": nested(100_000),
+    "an object array": msgpack.packb(
+        {
+            "type": "act",
+            "observation": {"state": {b"__ndarray__": True, b"data": b"x" * 8, b"dtype": "|O", b"shape": [1]}},
+        }
+    ),
+    "a huge shape": msgpack.packb(
+        {
+            "type": "act",
+            "observation": {"state": {b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [2**40, 2**40]}},
+        }
+    ),
+    "a negative shape": msgpack.packb(
+        {
+            "type": "act",
+            "observation": {"state": {b"__ndarray__": True, b"data": b"x" * 4, b"dtype": "<f4", b"shape": [-1]}},
+        }
+    ),
     "an extension": msgpack.packb(msgpack.ExtType(5, b"x")),
 }
 

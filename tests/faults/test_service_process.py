@@ -72,11 +72,24 @@ def test_a_signal_drains_and_the_exit_code_is_zero(models: Path, tmp_path: Path,
 
 def test_both_services_run_beside_each_other_and_a_dead_one_is_restarted(models: Path, tmp_path: Path) -> None:
     policy_port, critic_port = free_port(), free_port()
-    with served("all", "--models", models, "--policy-port", policy_port, "--critic-port", critic_port,
-                "--log-format", "json", log=tmp_path / "log") as process:
+    with served(
+        "all",
+        "--models",
+        models,
+        "--policy-port",
+        policy_port,
+        "--critic-port",
+        critic_port,
+        "--log-format",
+        "json",
+        log=tmp_path / "log",
+    ) as process:
         process.ready()
-        for url in (f"ws://127.0.0.1:{policy_port}/act", f"ws://127.0.0.1:{critic_port}/value",
-                    f"http://127.0.0.1:{critic_port}/"):
+        for url in (
+            f"ws://127.0.0.1:{policy_port}/act",
+            f"ws://127.0.0.1:{critic_port}/value",
+            f"http://127.0.0.1:{critic_port}/",
+        ):
             assert url in process.text()
         children = [c for c in psutil.Process(process.popen.pid).children() if "spawn_main" in " ".join(c.cmdline())]
         assert len(children) == 2
@@ -100,8 +113,9 @@ def _alive(port: int) -> bool:
 
 
 def test_a_killed_supervisor_leaves_no_orphans(models: Path, tmp_path: Path) -> None:
-    with served("all", "--models", models, "--policy-port", free_port(), "--critic-port", free_port(),
-                log=tmp_path / "log") as process:
+    with served(
+        "all", "--models", models, "--policy-port", free_port(), "--critic-port", free_port(), log=tmp_path / "log"
+    ) as process:
         process.ready()
         children = psutil.Process(process.popen.pid).children()
         os.kill(process.popen.pid, signal.SIGKILL)
@@ -117,8 +131,11 @@ def test_a_taken_port_is_one_clear_line(models: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        for arguments in (["policy", "--policy-port", str(port)], ["critic", "--critic-port", str(port)],
-                          ["all", "--critic-port", str(port), "--policy-port", str(free_port())]):
+        for arguments in (
+            ["policy", "--policy-port", str(port)],
+            ["critic", "--critic-port", str(port)],
+            ["all", "--critic-port", str(port), "--policy-port", str(free_port())],
+        ):
             with pytest.raises(PortInUse, match=re.escape(f"127.0.0.1:{port}: cannot listen here")) as error:
                 serve([*arguments, "--models", str(models)])
             assert "\n" not in str(error.value)

@@ -6,7 +6,6 @@ import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import text_format
-from model_factory import save_critic, save_policy
 from tritonclient.grpc import model_config_pb2
 
 from exporters import parity, repository
@@ -15,6 +14,7 @@ from exporters.onnx import BATCH_SIZES
 from exporters.parity import ParityError, Tolerance
 from exporters.triton_config import config_pbtxt
 from exporters.wrap import load_graphs
+from model_factory import save_critic, save_policy
 from recap_model.manifest import verify
 
 

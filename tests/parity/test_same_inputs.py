@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+
 from recap_client.record import read_rollout
 from recap_client.wire import pack, unpack
-from trained import make_data
-
 from recap_model import conditioning
 from recap_model.tokenizer import TextTokenizer, word_tokenizer
 from services.common.observation import Observation
 from services.policy.pipeline import PolicyPipeline
+from trained import make_data
 from training.loader import Loader
 from training.table import load_table
 

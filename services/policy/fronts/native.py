@@ -17,8 +17,12 @@ async def serve_native(socket: WebSocket, service: PolicyService) -> None:
     """Answer one connection until it ends."""
     with service.session(SUBPROTOCOL) as session:
         front = _Front(service, session)
-        channel = Channel(socket, {"act": front.act, "reset": front.reset, "outcome": front.outcome},
-                          limit=service.limits.message, concurrent=frozenset({"act"}))
+        channel = Channel(
+            socket,
+            {"act": front.act, "reset": front.reset, "outcome": front.outcome},
+            limit=service.limits.message,
+            concurrent=frozenset({"act"}),
+        )
         await channel.serve(service.welcome())
 
 
@@ -44,8 +48,16 @@ class _Front:
         left_s = None if deadline_ms is None else (deadline_ms - decode_ms) / 1000
         chunk = await service.pipeline.act(session, observation, ticket=ticket, seed=seed, seq=seq, deadline_s=left_s)
         timing = service.timing(chunk, at, decode_ms)
-        reply = wire.pack({"type": "chunk", "seq": seq, "t_obs": t_obs, "actions": chunk.actions,
-                           "server_timing": timing, "t_server": time.monotonic()})
+        reply = wire.pack(
+            {
+                "type": "chunk",
+                "seq": seq,
+                "t_obs": t_obs,
+                "actions": chunk.actions,
+                "server_timing": timing,
+                "t_server": time.monotonic(),
+            }
+        )
         service.record(session, timing, at)
         service.show_critic(session, raw, seq=seq, t_obs=t_obs)
         return reply
@@ -55,8 +67,9 @@ class _Front:
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
         session.task = text(body, "task", "", limit=2000)
-        self._service.tell_critic({"type": "reset", "robot": session.robot, "episode": session.episode,
-                                   "task": session.task})
+        self._service.tell_critic(
+            {"type": "reset", "robot": session.robot, "episode": session.episode, "task": session.task}
+        )
         return {"type": "ok"}
 
     async def outcome(self, received: Received) -> Message:
@@ -64,6 +77,12 @@ class _Front:
         success = body.get("success")
         if success is not None and not isinstance(success, bool):
             raise bad_field("bad_message", "success", "true, false or null", type(success).__name__)
-        self._service.tell_critic({"type": "outcome", "robot": text(body, "robot", session.robot, limit=64),
-                                   "episode": text(body, "episode", session.episode, limit=128), "success": success})
+        self._service.tell_critic(
+            {
+                "type": "outcome",
+                "robot": text(body, "robot", session.robot, limit=64),
+                "episode": text(body, "episode", session.episode, limit=128),
+                "success": success,
+            }
+        )
         return {"type": "ok"}

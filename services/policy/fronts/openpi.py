@@ -43,8 +43,9 @@ async def serve_openpi(socket: WebSocket, service: PolicyService) -> None:
             previous_ms = milliseconds(received)
 
 
-async def _answer(service: PolicyService, session: Session, data: bytes | None, received: float,
-                  previous_ms: float | None) -> bytes:
+async def _answer(
+    service: PolicyService, session: Session, data: bytes | None, received: float, previous_ms: float | None
+) -> bytes:
     if data is None:
         raise bad_field("bad_message", "message", "a binary frame", "a text frame")
     cameras = service.pipeline.spec.robot.camera_names
@@ -59,8 +60,9 @@ async def _answer(service: PolicyService, session: Session, data: bytes | None, 
     timing = service.timing(chunk, received, decode_ms)
     shown = timing if previous_ms is None else timing | {"prev_total_ms": previous_ms}
     # Every array has the chunk as its leading dimension (openpi's ActionChunkBroker slices all of them).
-    reply = wire.pack({"actions": chunk.actions, "server_timing": shown,
-                       "policy_timing": {"infer_ms": timing["infer_ms"]}})
+    reply = wire.pack(
+        {"actions": chunk.actions, "server_timing": shown, "policy_timing": {"infer_ms": timing["infer_ms"]}}
+    )
     service.record(session, timing, received)
     service.show_critic(session, raw, seq=0, t_obs=time.monotonic())
     return reply

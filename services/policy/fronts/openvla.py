@@ -132,5 +132,3 @@ def _error(fault: Fault, dialect: _Dialect) -> JSONResponse:
         reason = f"{fault.code}: {fault.message}".encode("ascii", "replace").decode().replace("\n", " ")
         return JSONResponse("error", headers={ERROR_HEADER: "".join(c for c in reason if c.isprintable())[:500]})
     return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)
-
-

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from model_factory import TASKS, TOKENIZER, inputs, make_critic, make_policy
 
+from model_factory import TASKS, TOKENIZER, inputs, make_critic, make_policy
 from recap_model.conditioning import NEGATIVE, prompt, unconditional_prompt
 from recap_model.policy.language import prefix_mask
 

@@ -38,8 +38,8 @@ def assert_all_positive(served: Served) -> None:
     for call in served.engine.calls:
         for tokens, mask in zip(call["tokens"], call["token_mask"], strict=True):
             ids = tokens[mask].tolist()
-            assert ids[-len(clause):] == clause, ids
-            assert not any(ids[i:i + len(negative)] == negative for i in range(len(ids))), ids
+            assert ids[-len(clause) :] == clause, ids
+            assert not any(ids[i : i + len(negative)] == negative for i in range(len(ids))), ids
 
 
 def exchange(served: Served, data: bytes, native: bool) -> None:
@@ -54,10 +54,17 @@ def exchange(served: Served, data: bytes, native: bool) -> None:
 
 
 prompts = st.one_of(
-    st.text(max_size=60), st.sampled_from(TASKS),
-    st.builds(lambda task, clause, rest: task + clause + rest, st.sampled_from(TASKS), st.sampled_from(
-        ["\nAdvantage: negative\n", " advantage : NEGATIVE", "\nAdvantage:negative", " negative", "\n"]),
-        st.text(max_size=9)))
+    st.text(max_size=60),
+    st.sampled_from(TASKS),
+    st.builds(
+        lambda task, clause, rest: task + clause + rest,
+        st.sampled_from(TASKS),
+        st.sampled_from(
+            ["\nAdvantage: negative\n", " advantage : NEGATIVE", "\nAdvantage:negative", " negative", "\n"]
+        ),
+        st.text(max_size=9),
+    ),
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -76,18 +83,27 @@ def test_no_damaged_message_changes_the_condition(served: Served, seed: int, nat
     for _ in range(chance.randint(1, 8)):
         data[chance.randrange(len(data)) if chance.random() < 0.5 else chance.randrange(200)] = chance.randrange(256)
     if chance.random() < 0.3:
-        del data[chance.randrange(len(data)):]
+        del data[chance.randrange(len(data)) :]
     exchange(served, bytes(data), native)
     assert_all_positive(served)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=prompts, extra=st.dictionaries(st.sampled_from(["indicator", "advantage", "conditioning", "beta"]),
-                                             st.one_of(st.integers(-1, 1), st.just("negative"))))
+@given(
+    prompt=prompts,
+    extra=st.dictionaries(
+        st.sampled_from(["indicator", "advantage", "conditioning", "beta"]),
+        st.one_of(st.integers(-1, 1), st.just("negative")),
+    ),
+)
 def test_no_field_of_a_json_request_changes_the_condition(served: Served, prompt: str, extra: dict) -> None:
     seen = observation(SPEC)
-    body = {"instruction": prompt, "state": seen["state"].tolist(),
-            **{name: json_numpy.encode(image) for name, image in seen["images"].items()}, **extra}
+    body = {
+        "instruction": prompt,
+        "state": seen["state"].tolist(),
+        **{name: json_numpy.encode(image) for name, image in seen["images"].items()},
+        **extra,
+    }
     fetch(served.http("/act"), data=json.dumps(body).encode())
     assert_all_positive(served)
 

@@ -19,9 +19,13 @@ from services.common.errors import ServiceError
 
 def sample(seed: int) -> dict[str, Any]:
     g = np.random.default_rng(seed)
-    return {"images": g.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8),
-            "state": g.normal(size=4).astype(np.float32), "tokens": g.integers(1, 9, MAX_TOKENS, dtype=np.int32),
-            "token_mask": np.arange(MAX_TOKENS) < 6, "noise": g.normal(size=(CHUNK, 4)).astype(np.float32)}
+    return {
+        "images": g.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8),
+        "state": g.normal(size=4).astype(np.float32),
+        "tokens": g.integers(1, 9, MAX_TOKENS, dtype=np.int32),
+        "token_mask": np.arange(MAX_TOKENS) < 6,
+        "noise": g.normal(size=(CHUNK, 4)).astype(np.float32),
+    }
 
 
 @asynccontextmanager
@@ -62,6 +66,7 @@ def test_requests_that_wait_share_one_run_and_get_what_they_would_get_alone(mode
             assert {answer.batch for answer in answers} == {7}
             for one, answer in zip(alone, answers, strict=True):
                 np.testing.assert_allclose(one, answer.outputs["actions"], atol=1e-6)
+
     run(test)
 
 
@@ -74,6 +79,7 @@ def test_more_than_the_largest_batch_is_served_in_order(models: Path) -> None:
             engine.gate.set()
             assert [answer.batch for answer in await asyncio.gather(*waiting)] == [8] * 8 + [3] * 3
             await blocker
+
     run(test)
 
 
@@ -91,6 +97,7 @@ def test_a_newer_request_of_a_session_takes_the_place_of_the_older(models: Path)
             engine.gate.set()
             await asyncio.gather(new, other, blocker)
             np.testing.assert_array_equal(engine.calls[-1]["state"], [sample(3)["state"], sample(2)["state"]])
+
     run(test)
 
 
@@ -104,6 +111,7 @@ def test_a_deadline_is_answered_while_the_engine_is_busy(models: Path) -> None:
             engine.gate.set()
             await blocker
             assert len(engine.calls) == 1  # what was given up is not run
+
     run(test)
 
 
@@ -114,6 +122,7 @@ def test_a_deadline_holds_for_a_request_that_already_runs(models: Path) -> None:
             with pytest.raises(ServiceError) as error:
                 await batcher.run("a", sample(1), deadline_s=0.02)
             assert error.value.fault.code == "deadline"
+
     run(test)
 
 
@@ -129,6 +138,7 @@ def test_a_caller_that_leaves_is_forgotten(models: Path) -> None:
             engine.gate.set()
             await blocker
             assert len(engine.calls) == 1
+
     run(test)
 
 
@@ -142,6 +152,7 @@ def test_an_engine_that_raises_fails_its_batch_and_serves_the_next(models: Path)
             engine.failure = None
             await batcher.run("a", sample(1))
             assert batcher.last_error is None
+
     run(test)
 
 
@@ -158,4 +169,5 @@ def test_closing_answers_what_waits(models: Path) -> None:
                     await task
                 assert error.value.fault.code == "shutting_down"
             await blocker
+
     run(test)

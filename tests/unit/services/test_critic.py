@@ -109,8 +109,15 @@ def served(models: Path) -> Iterator[Served]:
 
 def observe(seq: int, x: float, **parts: Any) -> dict[str, Any]:
     seen = observation(SPEC, state=np.array([x, 0, 0, 0], np.float32))
-    return {"type": "observe", "seq": seq, "t_obs": seq / 20, "robot": "r1", "episode": "e1", "observation": seen,
-            **parts}
+    return {
+        "type": "observe",
+        "seq": seq,
+        "t_obs": seq / 20,
+        "robot": "r1",
+        "episode": "e1",
+        "observation": seen,
+        **parts,
+    }
 
 
 def test_the_websocket_answers_with_the_models_value(served: Served) -> None:
@@ -131,9 +138,15 @@ def test_the_websocket_answers_with_the_models_value(served: Served) -> None:
 def test_post_gives_the_same_as_the_websocket(served: Served) -> None:
     message = observe(0, -0.7, robot="poster")
     seen = message["observation"]
-    body = {"robot": "poster", "episode": "p", "observation": {
-        "images": {k: json_numpy.encode(v) for k, v in seen["images"].items()}, "state": seen["state"].tolist(),
-        "prompt": seen["prompt"]}}
+    body = {
+        "robot": "poster",
+        "episode": "p",
+        "observation": {
+            "images": {k: json_numpy.encode(v) for k, v in seen["images"].items()},
+            "state": seen["state"].tolist(),
+            "prompt": seen["prompt"],
+        },
+    }
     status, text = fetch(served.http("/value"), data=json.dumps(body).encode())
     with NativeClient(served.url("/value")) as client:
         assert status == 200 and json.loads(text)["value"] == pytest.approx(client.ask(message)["value"], abs=1e-6)
@@ -153,16 +166,25 @@ def test_bad_observations_are_named_and_the_connection_lives(served: Served) -> 
 def test_a_listener_gets_the_past_and_then_what_happens(served: Served) -> None:
     with NativeClient(served.url("/value")) as client:
         client.ask({"type": "reset", "robot": "streamer", "episode": "s1", "task": TASKS[1]})
-        past = client.ask(observe(0, -0.8, robot="streamer", episode="s1",
-                                  observation=observation(SPEC, prompt=TASKS[1])))
+        past = client.ask(
+            observe(0, -0.8, robot="streamer", episode="s1", observation=observation(SPEC, prompt=TASKS[1]))
+        )
         with urllib.request.urlopen(served.http("/value/stream"), timeout=10) as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")
             events = (json.loads(line[6:]) for line in stream if line.startswith(b"data: "))
             snapshot = next(event for event in events if event["robot"] == "streamer")
             assert snapshot["type"] == "snapshot" and snapshot["task"] == TASKS[1]
             assert snapshot["history"] == [[0.0, pytest.approx(past["value"], abs=1e-3)]]
-            client.ask(observe(4, -0.5, robot="streamer", episode="s1", act_latency_ms=7.5,
-                               observation=observation(SPEC, prompt=TASKS[1])))
+            client.ask(
+                observe(
+                    4,
+                    -0.5,
+                    robot="streamer",
+                    episode="s1",
+                    act_latency_ms=7.5,
+                    observation=observation(SPEC, prompt=TASKS[1]),
+                )
+            )
             value = next(events)
             assert (value["type"], value["robot"], value["episode"]) == ("value", "streamer", "s1")
             assert value["latency_ms"] == 7.5

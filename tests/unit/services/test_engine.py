@@ -16,11 +16,13 @@ from services.policy.pipeline import load_policy_engine
 
 def batch(count: int) -> dict[str, np.ndarray]:
     g = np.random.default_rng(count)
-    return {"images": g.integers(0, 256, (count, 2, 16, 16, 3), dtype=np.uint8),
-            "state": g.normal(size=(count, 4)).astype(np.float32),
-            "tokens": g.integers(1, 9, (count, MAX_TOKENS), dtype=np.int32),
-            "token_mask": np.tile(np.arange(MAX_TOKENS) < 6, (count, 1)),
-            "noise": g.normal(size=(count, CHUNK, 4)).astype(np.float32)}
+    return {
+        "images": g.integers(0, 256, (count, 2, 16, 16, 3), dtype=np.uint8),
+        "state": g.normal(size=(count, 4)).astype(np.float32),
+        "tokens": g.integers(1, 9, (count, MAX_TOKENS), dtype=np.int32),
+        "token_mask": np.tile(np.arange(MAX_TOKENS) < 6, (count, 1)),
+        "noise": g.normal(size=(count, CHUNK, 4)).astype(np.float32),
+    }
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -35,8 +37,11 @@ def test_every_sample_of_every_batch_size_equals_the_formula(models: Path, count
 
 def test_guidance_mixes_the_two_prompts(models: Path) -> None:
     inputs = batch(2)
-    guided = inputs | {"unconditional_tokens": inputs["tokens"] // 2, "unconditional_mask": inputs["token_mask"],
-                       "beta": np.array([1.0, 3.0], np.float32)}
+    guided = inputs | {
+        "unconditional_tokens": inputs["tokens"] // 2,
+        "unconditional_mask": inputs["token_mask"],
+        "beta": np.array([1.0, 3.0], np.float32),
+    }
     engine, plain = load_engine(models, "policy_guided"), load_engine(models, "policy")
     actions = engine.run(guided)["actions"]
     c = plain.run(inputs)["actions"]
@@ -63,13 +68,16 @@ def test_identity_and_shapes_come_from_the_folder(models: Path) -> None:
     engine.warm_up()
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"images": np.zeros((1, 2, 16, 16, 3), np.float32)}, ["images", "uint8", "float32"]),
-    ({"images": np.zeros((1, 2, 8, 16, 3), np.uint8)}, ["images", "2, 16, 16, 3", "2, 8, 16, 3"]),
-    ({"state": np.zeros((1, 5), np.float32)}, ["state", "4", "5"]),
-    ({"state": np.zeros((2, 4), np.float32)}, ["batch"]),
-    ({"noise": None}, ["inputs", "noise"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"images": np.zeros((1, 2, 16, 16, 3), np.float32)}, ["images", "uint8", "float32"]),
+        ({"images": np.zeros((1, 2, 8, 16, 3), np.uint8)}, ["images", "2, 16, 16, 3", "2, 8, 16, 3"]),
+        ({"state": np.zeros((1, 5), np.float32)}, ["state", "4", "5"]),
+        ({"state": np.zeros((2, 4), np.float32)}, ["batch"]),
+        ({"noise": None}, ["inputs", "noise"]),
+    ],
+)
 def test_wrong_inputs_are_named(models: Path, change: dict, words: list[str]) -> None:
     inputs = {k: v for k, v in (batch(1) | change).items() if v is not None}
     with pytest.raises(EngineError) as error:

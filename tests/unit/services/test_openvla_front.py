@@ -27,8 +27,11 @@ def served(models: Path) -> Iterator[Served]:
 
 def envelope(array: np.ndarray) -> dict[str, Any]:
     """As json-numpy writes it."""
-    return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str,
-            "shape": list(array.shape)}
+    return {
+        "__numpy__": base64.b64encode(array.tobytes()).decode(),
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+    }
 
 
 def array(value: dict[str, Any]) -> np.ndarray:
@@ -37,8 +40,13 @@ def array(value: dict[str, Any]) -> np.ndarray:
 
 def openvla() -> dict[str, Any]:
     seen = observation(SPEC)
-    return {"image": envelope(seen["images"]["front"]), "top": envelope(seen["images"]["top"]),
-            "state": envelope(seen["state"]), "instruction": TASKS[0], "unnorm_key": "bridge_orig"}
+    return {
+        "image": envelope(seen["images"]["front"]),
+        "top": envelope(seen["images"]["top"]),
+        "state": envelope(seen["state"]),
+        "instruction": TASKS[0],
+        "unnorm_key": "bridge_orig",
+    }
 
 
 def post(served: Served, body: Any) -> Any:
@@ -65,8 +73,11 @@ def test_a_doubly_encoded_request_gets_a_doubly_encoded_reply(served: Served) ->
 
 def test_plain_lists_get_plain_lists(served: Served) -> None:
     seen = observation(SPEC)
-    body = {"images": {k: v.tolist() for k, v in seen["images"].items()}, "state": seen["state"].tolist(),
-            "instruction": TASKS[0]}
+    body = {
+        "images": {k: v.tolist() for k, v in seen["images"].items()},
+        "state": seen["state"].tolist(),
+        "instruction": TASKS[0],
+    }
     for sent in (body, {"observation": body}):
         reply = post(served, sent)
         assert np.shape(reply["actions"]) == (CHUNK, 4) and reply["latency_ms"] > 0
@@ -81,11 +92,16 @@ def test_legacy_clients_get_their_error_and_the_reason_beside_it(served: Served)
         assert "bad_observation" in reply.headers[ERROR_HEADER] and "NaN" in reply.headers[ERROR_HEADER]
 
 
-@pytest.mark.parametrize("body, status, field", [
-    (b"not json", 400, "body"), (b"[1, 2]", 400, "body"), (b"[" * 100_000, 400, "body"),
-    (json.dumps({"instruction": TASKS[0]}).encode(), 422, "images[front]"),
-    (json.dumps({"encoded": 3}).encode(), 400, "encoded"),
-])
+@pytest.mark.parametrize(
+    "body, status, field",
+    [
+        (b"not json", 400, "body"),
+        (b"[1, 2]", 400, "body"),
+        (b"[" * 100_000, 400, "body"),
+        (json.dumps({"instruction": TASKS[0]}).encode(), 422, "images[front]"),
+        (json.dumps({"encoded": 3}).encode(), 400, "encoded"),
+    ],
+)
 def test_other_clients_get_a_typed_error(served: Served, body: bytes, status: int, field: str) -> None:
     got, text = fetch(served.http("/act"), data=body)
     assert (got, json.loads(text)["error"]["field"]) == (status, field)
@@ -96,12 +112,19 @@ def test_an_oversized_body_is_refused(served: Served) -> None:
     assert status == 413 and json.loads(text)["error"]["code"] == "too_large"
 
 
-@pytest.mark.parametrize("value", [
-    {"__numpy__": "AAAA", "dtype": "|O", "shape": [1]}, {"__numpy__": "AAAA", "dtype": "<f4", "shape": [1]},
-    {"__numpy__": "AAAA", "dtype": "<f4", "shape": [-1]}, {"__numpy__": "!!", "dtype": "|u1", "shape": [1]},
-    {"__numpy__": "AAAA", "dtype": "<f4", "shape": [2**62, 2**62]}, {"__numpy__": 3, "dtype": "|u1", "shape": [3]},
-    {"__numpy__": "AAAA", "dtype": {"names": []}, "shape": [1]}, {"__numpy__": "", "dtype": "|u1", "shape": [0, 2**62]},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"__numpy__": "AAAA", "dtype": "|O", "shape": [1]},
+        {"__numpy__": "AAAA", "dtype": "<f4", "shape": [1]},
+        {"__numpy__": "AAAA", "dtype": "<f4", "shape": [-1]},
+        {"__numpy__": "!!", "dtype": "|u1", "shape": [1]},
+        {"__numpy__": "AAAA", "dtype": "<f4", "shape": [2**62, 2**62]},
+        {"__numpy__": 3, "dtype": "|u1", "shape": [3]},
+        {"__numpy__": "AAAA", "dtype": {"names": []}, "shape": [1]},
+        {"__numpy__": "", "dtype": "|u1", "shape": [0, 2**62]},
+    ],
+)
 def test_hostile_envelopes_are_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ServiceError):
         json_numpy.decode({"x": [value]})

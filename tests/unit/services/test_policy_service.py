@@ -128,8 +128,15 @@ def test_health_and_metrics_answer_while_the_engine_runs(served: Served, client:
 def test_metrics_have_the_agreed_names_and_buckets(served: Served, client: NativeClient) -> None:
     client.ask(act(SPEC))
     families = {f.name: f for f in text_string_to_metric_families(served.get("/metrics")[1])}
-    assert {"recap_act_latency_seconds", "recap_act_requests", "recap_act_batch_size", "recap_act_superseded",
-            "recap_act_deadline_misses", "recap_sessions", "recap_model_info"} <= set(families)
+    assert {
+        "recap_act_latency_seconds",
+        "recap_act_requests",
+        "recap_act_batch_size",
+        "recap_act_superseded",
+        "recap_act_deadline_misses",
+        "recap_sessions",
+        "recap_model_info",
+    } <= set(families)
     buckets: dict[str, list[float]] = {}
     for sample in families["recap_act_latency_seconds"].samples:
         if sample.name.endswith("_bucket") and sample.labels["le"] != "+Inf":
@@ -149,8 +156,9 @@ def test_guidance_reaches_the_model_with_both_prompts(models: Path) -> None:
         assert client.ask(act(SPEC))["type"] == "chunk"
         call, tokenizer = served.engine.calls[-1], served.engine.tokenizer
         np.testing.assert_array_equal(call["tokens"][0], tokenizer(conditioning.positive_prompt(TASKS[0]))[0])
-        np.testing.assert_array_equal(call["unconditional_tokens"][0],
-                                      tokenizer(conditioning.unconditional_prompt(TASKS[0]))[0])
+        np.testing.assert_array_equal(
+            call["unconditional_tokens"][0], tokenizer(conditioning.unconditional_prompt(TASKS[0]))[0]
+        )
         assert call["beta"].tolist() == [2.5]
 
 

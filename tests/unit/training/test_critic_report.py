@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from model_factory import make_table
 
+from model_factory import make_table
 from training.critic import _folds, target_encoder
 from training.critic_report import calibration_error, validation_report
 from training.presets import debug

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from model_factory import TOKENIZER, make_policy, make_table
 
+from model_factory import TOKENIZER, make_policy, make_table
 from training.loader import Loader, Sampler
 from training.loop import ResumeError, fit
 from training.optim import OptimConfig, rate

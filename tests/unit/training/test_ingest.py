@@ -9,6 +9,7 @@ import pytest
 from recap_client.rollout import read_rollout
 from recap_model.manifest import verify
 from sample_rollouts import SPEC, record, record_mixed
+from training import dataset_writer
 from training.dataset import open_dataset
 from training.ingest import PROVENANCE, IngestError, find, ingest, rollouts_hash, survey
 from training.lerobot_files import features
@@ -112,6 +113,22 @@ def test_the_files_are_those_of_lerobot_s_own_writer(folder, tmp_path):
         for key in ("q01", "q10", "q50", "q90", "q99"):
             assert np.shape(got[name][key]) == np.shape(stats[key])
             assert (np.abs(np.subtract(got[name][key], stats[key])) <= 0.01 * spread + 1e-6).all(), f"{name} {key}"
+
+
+def test_many_data_files_and_episodes_of_one_frame(folder, tmp_path, monkeypatch):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    monkeypatch.setattr(dataset_writer, "_FILE_MB", 0)
+    record(tmp_path / "r", 1, length=1)
+    ingest(survey([tmp_path / "r", folder / "a"]), tmp_path / "d")
+    assert len(list((tmp_path / "d" / "data").rglob("*.parquet"))) == 6
+    episodes, theirs = open_dataset(tmp_path / "d").episodes, LeRobotDataset("local/d", root=tmp_path / "d")
+    assert [len(episode) for episode in episodes] == [1, 5, 6, 7, 8, 9] and theirs.num_frames == 36
+    row = 0
+    for episode in episodes:
+        frame = (theirs[row]["observation.images.top"].numpy() * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(episode.images()["top"][0], frame.transpose(1, 2, 0))
+        row += len(episode)
 
 
 def test_another_run_gives_the_same_content(folder):

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_rollouts import make_dataset
 
 from recap_model import cli
 from recap_model.advantage import LabelRules
 from recap_model.manifest import ManifestError, read_manifest, write_manifest
+from sample_rollouts import make_dataset
 from training.dataset import open_dataset
 from training.labels import (
     LabelError,

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_factory import TASKS, TOKENIZER, make_table
 
+from model_factory import TASKS, TOKENIZER, make_table
 from recap_model import conditioning
 from training.loader import Loader, Sampler, shift_images, split_episodes
 

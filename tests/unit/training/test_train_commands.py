@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from sample_rollouts import make_dataset
-from trained import make_data
 
 from recap_model import cli
 from recap_model.checkpoint import read_checkpoint
 from recap_model.manifest import read_manifest, verify
+from sample_rollouts import make_dataset
+from trained import make_data
 from training.dataset import open_dataset
 from training.labels import load_labels, read_values
 
