@@ -118,7 +118,7 @@ def test_the_files_are_those_of_lerobot_s_own_writer(folder, tmp_path):
 def test_many_data_files_and_episodes_of_one_frame(folder, tmp_path, monkeypatch):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    monkeypatch.setattr(dataset_writer, "_FILE_MB", 0)
+    monkeypatch.setattr(dataset_writer, "_FILE_MB", 1e-6)
     record(tmp_path / "r", 1, length=1)
     ingest(survey([tmp_path / "r", folder / "a"]), tmp_path / "d")
     assert len(list((tmp_path / "d" / "data").rglob("*.parquet"))) == 6
