@@ -1,7 +1,7 @@
 """Raw observation -> model inputs. The training loader and the services call these same functions, so that a frame
 reaches the model as the same bytes on both paths. Normalisation is not here: it lives in the model's graph."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recap_client.spec import RobotSpec
-from recap_model.tokenizer import TextTokenizer
+
+Tokenize = Callable[[str], tuple[NDArray[np.int32], NDArray[np.bool_]]]
+"""Text -> ids and mask: a `TextTokenizer`, or a cache before one."""
 
 
 class ObservationError(ValueError):
@@ -66,9 +68,7 @@ def prepare_state(state: Any, robot: RobotSpec) -> NDArray[np.float32]:
     return vector
 
 
-def prepare(
-    images: Mapping[str, Any], state: Any, prompt: str, robot: RobotSpec, tokenizer: TextTokenizer
-) -> ModelInputs:
+def prepare(images: Mapping[str, Any], state: Any, prompt: str, robot: RobotSpec, tokenizer: Tokenize) -> ModelInputs:
     """Check one raw observation against `robot` and tokenise `prompt` (from `recap_model.conditioning`).
 
     images: camera name -> uint8 [H, W, 3]; state: [S] in physical units. Raises ObservationError.

@@ -92,9 +92,9 @@ class CriticTap:
             try:
                 async with connect(
                     self._url,
-                    subprotocols=["recap.v1"],
+                    subprotocols=[Subprotocol("recap.v1")],
                     compression=None,
-                    max_size=2**20,  # type: ignore[list-item]
+                    max_size=2**20,
                     proxy=None,
                     open_timeout=5,
                     additional_headers=headers,

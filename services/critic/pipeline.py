@@ -45,7 +45,7 @@ class CriticPipeline:
         """
         inputs = prepare(
             observation.images, observation.state, task_text(observation.prompt), self.spec.robot, self._tokens
-        )  # type: ignore[arg-type]  # a cached tokenizer is called like a tokenizer
+        )
         answer = await self._batcher.run(
             key,
             {"images": inputs.images, "state": inputs.state, "tokens": inputs.tokens, "token_mask": inputs.token_mask},
