@@ -55,7 +55,9 @@ def ingest(argv: list[str]) -> int:
     for task, count in manifest.metrics["tasks"].items():
         table.add_row(task, str(count["episodes"]), str(count["successes"]))
     console.print(table)
-    console.print(f"{args.out}: {manifest.metrics['episodes']} episodes, {manifest.metrics['frames']} frames")
+    console.print(
+        f"{args.out}: {manifest.metrics['episodes']} episodes, {manifest.metrics['frames']} frames", soft_wrap=True
+    )
     return 0
 
 
@@ -105,7 +107,10 @@ def returns(argv: list[str]) -> int:
         table.add_row(task, f"{steps:g}")
     console.print(table)
     _warn(console, manifest.metrics["warnings"])
-    console.print(f"{args.out}: {manifest.metrics['successes']} of {manifest.metrics['episodes']} episodes successful")
+    console.print(
+        f"{args.out}: {manifest.metrics['successes']} of {manifest.metrics['episodes']} episodes successful",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -165,7 +170,9 @@ def print_audit(console: Console, result: "Audit") -> None:
     """The audit as a table and its warnings."""
     from recap_model import audit
 
-    table = Table(*audit.COLUMNS, title="label audit")
+    table = Table(title="label audit")
+    for number, column in enumerate(audit.COLUMNS):
+        table.add_column(column, justify="left" if number < 4 else "right", overflow="fold")
     for row in result.rows:
         table.add_row(*audit.cells(row))
     console.print(table)
