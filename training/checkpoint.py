@@ -25,4 +25,4 @@ def write_checkpoint(
     (folder / "norm_stats.json").write_text(json.dumps({k: v.to_json() for k, v in stats.items()}, indent=1) + "\n")
     write_spec(spec, folder / "spec.json")
     tokenizer.save(folder / "tokenizer.json")
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / "model.safetensors")

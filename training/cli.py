@@ -23,13 +23,15 @@ class Overrides:
     seed: int = 0
     save_every: int | None = None
     """Steps between resumable states in `<out>.work`."""
+    device: str = "auto"
+    """auto takes a GPU if torch sees one; else cpu, cuda, cuda:1, ..."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     def apply(self, settings: Any) -> Any:
         """`settings` (PolicySettings or CriticSettings) with the given fields replaced."""
         names = ("steps", "batch_size", "save_every")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        fit = replace(settings.fit, seed=self.seed, tracker=self.tracker, **given)
+        fit = replace(settings.fit, seed=self.seed, tracker=self.tracker, device=self.device, **given)
         if self.lr is not None:
             fit = replace(fit, optim=replace(fit.optim, lr=self.lr))
         return replace(settings, fit=fit)

@@ -25,7 +25,7 @@ from training.checkpoint import write_checkpoint
 from training.critic_report import validation_report
 from training.labels import write_values
 from training.loader import Loader, Sampler, split_episodes
-from training.loop import autocast_vision, fit
+from training.loop import autocast_vision, fit, forget_state, pick_device, placer
 from training.policy import padded_vocabulary
 from training.settings import CriticSettings
 from training.table import TableSource, image_side, load_table
@@ -83,6 +83,7 @@ def train_critic(
         parameters={"folds": folds},
         metrics=report,
     )
+    forget_state(work)
     return manifest
 
 
@@ -105,17 +106,17 @@ def _fit(
     """Train `critic` on `rows`, ending with the averaged weights in place."""
     loader = Loader(source.table, files.tokenizer, chunk=1, dropout=0.0, shift=settings.shift, seed=settings.fit.seed)
     sampler = Sampler(rows, settings.fit.batch_size, settings.fit.seed)
-    encode = target_encoder(settings)
+    encode, put = target_encoder(settings), placer(critic)
     critic.train()
 
     def loss_step(step: int, generator: torch.Generator) -> Tensor:
         batch = loader(sampler(step), step)
         noise = torch.randn(batch.state.shape, generator=generator) * settings.state_noise
-        state = torch.from_numpy(batch.state) + noise * critic.state_scale
-        with autocast_vision(True):
-            seen = critic.see(torch.from_numpy(batch.images))
-        logits = critic.read(seen.float(), state, torch.from_numpy(batch.tokens), torch.from_numpy(batch.token_mask))
-        return F.cross_entropy(logits, torch.from_numpy(encode(batch.target)))
+        state = put(batch.state) + noise.to(critic.state_scale.device) * critic.state_scale
+        with autocast_vision(critic):
+            seen = critic.see(put(batch.images))
+        logits = critic.read(seen.float(), state, put(batch.tokens), put(batch.token_mask))
+        return F.cross_entropy(logits, put(encode(batch.target)))
 
     average = fit(
         critic,
@@ -150,16 +151,11 @@ def predict(
     loader = Loader(source.table, files.tokenizer, chunk=1, dropout=0.0, shift=0, seed=0)
     blank = replace(source.table, indicator=np.full(len(source.table), -1, np.int8))
     loader.table = blank
-    values = []
+    put, values = placer(critic), []
     for start in track(range(0, len(rows), 256), "values", disable=len(rows) < 5000):
         batch = loader(rows[start : start + 256], 0, train=False)
-        value, _ = critic(
-            torch.from_numpy(batch.images),
-            torch.from_numpy(batch.state),
-            torch.from_numpy(batch.tokens),
-            torch.from_numpy(batch.token_mask),
-        )
-        values.append(value.double().numpy())
+        value, _ = critic(put(batch.images), put(batch.state), put(batch.tokens), put(batch.token_mask))
+        values.append(value.double().cpu().numpy())
     return np.concatenate(values)
 
 
@@ -171,6 +167,7 @@ def _start(
         critic, files = load_critic(init)
         source.require_known_tasks(files.spec.robot, init)
         spec = cast(CriticSpec, files.spec)
+        critic.to(device=pick_device(settings.fit.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
         return critic, replace(files, spec=replace(spec, t_max={**spec.t_max, **t_max}))
     robot = source.robot
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
@@ -185,7 +182,8 @@ def _start(
         dropout=settings.dropout,
     )
     torch.manual_seed(settings.fit.seed)
-    critic = Critic(config, stats).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    critic = Critic(config, stats)
+    critic.to(device=pick_device(settings.fit.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     spec = CriticSpec(robot, settings.max_tokens, config.bins, config.low, config.high, dict(t_max))
     return critic, CheckpointFiles(Path(), config.to_json(), spec, tokenizer, stats, None)  # type: ignore[arg-type]
 

@@ -7,12 +7,12 @@ Everything random is seeded by (seed, step), so a resumed run continues on the b
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -145,6 +145,25 @@ def _restore(
     return int(meta["step"])
 
 
-def autocast_vision(enabled: bool) -> Any:
+def forget_state(work: Path) -> None:
+    """Remove the resumable states below `work` once their run is published; metrics stay."""
+    for path in work.rglob("state.safetensors"):
+        path.unlink()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> a GPU if torch sees one, else the CPU; anything else is torch's own name of a device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def placer(module: nn.Module) -> Callable[[NDArray[Any]], Tensor]:
+    """numpy -> torch, on the device where `module` is."""
+    device = next(module.parameters()).device
+    return lambda array: torch.from_numpy(array).to(device)
+
+
+def autocast_vision(module: nn.Module) -> Any:
     """bf16 for the convolutional tower: twice as fast on CPUs with bf16, no gain elsewhere in models this small."""
-    return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()
+    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16)

@@ -21,7 +21,7 @@ from recap_model.spec import PolicySpec
 from recap_model.tokenizer import TextTokenizer, word_tokenizer
 from training.checkpoint import write_checkpoint
 from training.loader import Batch, FrameTable, Loader, Sampler
-from training.loop import autocast_vision, fit
+from training.loop import autocast_vision, fit, forget_state, pick_device, placer
 from training.settings import PolicySettings
 from training.table import TableSource, image_side, load_table
 
@@ -73,7 +73,7 @@ def train_policy(
     with publish(out) as folder:
         write_checkpoint(folder, average.shadow, policy.config.to_json(), files.spec, files.tokenizer, files.stats)
         (folder / "metrics.jsonl").write_text((work / "metrics.jsonl").read_text())
-        return write_manifest(
+        manifest = write_manifest(
             folder,
             "policy",
             parents=parents,
@@ -84,20 +84,22 @@ def train_policy(
                 "epochs": settings.fit.steps * settings.fit.batch_size / len(table),
             },
         )
+    forget_state(work)
+    return manifest
 
 
 def policy_loss(policy: Policy, batch: Batch, draws: int, generator: torch.Generator) -> Tensor:
     """Flow-matching loss; each encoded observation is used with `draws` pairs of noise and time."""
-    with autocast_vision(policy.training):
-        seen = policy.see(torch.from_numpy(batch.images))
-    prefix = policy.read(
-        seen.float(), torch.from_numpy(batch.state), torch.from_numpy(batch.tokens), torch.from_numpy(batch.token_mask)
-    ).repeat(draws)
-    actions = policy.normalize_actions(torch.from_numpy(batch.actions)).repeat_interleave(draws, 0)
-    noise = torch.randn(actions.shape, generator=generator)
-    time = flow.sample_time(len(actions), generator)
+    put = placer(policy)
+    with autocast_vision(policy):
+        seen = policy.see(put(batch.images))
+    prefix = policy.read(seen.float(), put(batch.state), put(batch.tokens), put(batch.token_mask)).repeat(draws)
+    actions = policy.normalize_actions(put(batch.actions)).repeat_interleave(draws, 0)
+    # drawn on the CPU whatever the device: the same seed is the same run
+    noise = torch.randn(actions.shape, generator=generator).to(actions.device)
+    time = flow.sample_time(len(actions), generator).to(actions.device)
     noisy, target = flow.interpolate(actions, noise, time)
-    valid = torch.from_numpy(batch.valid).repeat_interleave(draws, 0)
+    valid = put(batch.valid).repeat_interleave(draws, 0)
     return flow.loss(policy.velocity(noisy, time, prefix), target, valid)
 
 
@@ -114,7 +116,7 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
     if init is not None:
         policy, files = load_policy(init)
         source.require_known_tasks(files.spec.robot, init)
-        return policy.train().to(memory_format=torch.channels_last), files  # type: ignore[call-overload]
+        return _placed(policy.train(), settings), files
     stats = {"state": NormStats.of(source.table.state), "action": NormStats.of(source.table.action)}
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
     robot = source.robot
@@ -130,9 +132,15 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
         denoise_steps=settings.denoise_steps,
     )
     torch.manual_seed(settings.fit.seed)
-    policy = Policy(config, stats).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    policy = _placed(Policy(config, stats), settings)
     spec = PolicySpec(robot, settings.chunk, settings.max_tokens)
     return policy, CheckpointFiles(Path(), config.to_json(), spec, tokenizer, stats, None)  # type: ignore[arg-type]
+
+
+def _placed(policy: Policy, settings: PolicySettings) -> Policy:
+    """On the device to train on; channels last is what convolutions are fastest with."""
+    device = pick_device(settings.fit.device)
+    return policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def padded_vocabulary(tokenizer: TextTokenizer) -> int:

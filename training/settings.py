@@ -8,7 +8,10 @@ from training.optim import OptimConfig
 
 @dataclass(frozen=True)
 class FitSettings:
-    """steps: optimiser steps. save_every: steps between resumable states. tracker: "none", "tensorboard" or "wandb"."""
+    """steps: optimiser steps. save_every: steps between resumable states. tracker: "none", "tensorboard" or "wandb".
+
+    device: "auto" takes a GPU if torch sees one. Threads: 0 leaves the number to torch.
+    """
 
     steps: int
     batch_size: int = 64
@@ -16,7 +19,8 @@ class FitSettings:
     log_every: int = 20
     save_every: int = 500
     tracker: str = "none"
-    threads: int = 0  # 0: torch's own choice
+    threads: int = 0
+    device: str = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
