@@ -113,8 +113,8 @@ def publish(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success rename it to `folder` (replacing an old one), on error remove it."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -126,6 +126,24 @@ def publish(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes (and an earlier try of this one) left while publishing `folder`."""
+    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
+        pid = path.name.removeprefix(f".{folder.name}.").split(".")[0]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _commit() -> str:

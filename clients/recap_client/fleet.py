@@ -108,7 +108,8 @@ class Worker:
         spec, name, headers = self.robot.spec, f"{settings.robot.rpartition(':')[2]}-{number}", settings.headers
         self.policy = self.critic = None
         if settings.policy_url:
-            self.policy = RemotePolicy(settings.policy_url, spec, robot=name, headers=headers)
+            own_critic = settings.value_url is not None
+            self.policy = RemotePolicy(settings.policy_url, spec, robot=name, forward=not own_critic, headers=headers)
         if settings.value_url:
             self.critic = RemoteCritic(settings.value_url, spec, robot=name, headers=headers)
 

@@ -32,13 +32,15 @@ class RemotePolicy:
     """The policy service at `url` (e.g. ws://127.0.0.1:8000/act) for one robot.
 
     Refuses a service whose spec differs from the robot's (SpecError). jpeg_quality: send JPEG instead of raw frames
-    (lossy; for thin links). Errors of calls: see `Session.call`.
+    (lossy; for thin links). forward=False: the service does not show this robot's frames to the critic, because the
+    robot does it itself (`RemoteCritic`). Errors of calls: see `Session.call`.
     """
 
     def __init__(self, url: str, spec: RobotSpec, *, robot: str = "robot", jpeg_quality: int | None = None,
-                 timeout_s: float = 5.0, headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
+                 forward: bool = True, timeout_s: float = 5.0,
+                 headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
         self.session = Session(url, "policy", spec, timeout_s=timeout_s, headers=headers)
-        self.spec, self.robot = spec, robot
+        self.spec, self.robot, self.forward = spec, robot, forward
         self._jpeg_quality = jpeg_quality
         self._seq = 0
         self._episode, self._seed = "", -1
@@ -51,7 +53,8 @@ class RemotePolicy:
     def reset(self, episode: str, task: str, seed: int | None = None) -> None:
         """Start an episode. With a seed (>= 0), flow noise depends on (seed, number of the request) alone."""
         self._episode, self._seed, self._seq = episode, -1 if seed is None else seed, 0
-        self.session.call({"type": "reset", "robot": self.robot, "episode": episode, "task": task})
+        message = {"type": "reset", "robot": self.robot, "episode": episode, "task": task}
+        self.session.call(message if self.forward else {**message, "forward": False})
 
     def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk:
         """Ask for the actions that follow `observation`. deadline_s: seconds from now after which it is of no use."""
@@ -62,6 +65,8 @@ class RemotePolicy:
         }  # fmt: skip
         if self._seed >= 0:
             message["seed"] = self._seed
+        if not self.forward:
+            message["forward"] = False
         if deadline_s is not None:
             message["deadline_ms"] = deadline_s * 1e3
         began = time.monotonic()

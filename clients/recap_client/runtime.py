@@ -240,8 +240,14 @@ class _Loop:
         return EpisodeInfo(
             self.robot.spec, self.prompt, self.task, self.seed, self.episode,
             policy=dict(self.policy.identity) if self.policy else None, demonstration=self.policy is None,
-            style=self.human.style if self.human else None,
+            style=self.human.style if self.human else None, clock_offset_s=self._clock_offset(),
         )  # fmt: skip
+
+    def _clock_offset(self) -> float | None:
+        try:
+            return self.policy.clock_offset() if self.policy else None
+        except ServiceError:
+            return None  # the log does without; the episode will tell whether the service is there
 
     def _result(self, success: bool | None, reason: str, recording: Path | None, error: str | None) -> EpisodeResult:
         tally = self.tally

@@ -130,7 +130,7 @@ class PolicyService:
 
     def show_critic(self, session: Session, observation: Observation, *, seq: int, t_obs: float) -> None:
         """Offer an answered observation to the critic, its frames as they came (JPEG stays JPEG)."""
-        if self.tap is None:
+        if self.tap is None or not session.forward:
             return
         cameras = self.engine.spec.robot.camera_names
         images = {name: observation.images[name] for name in cameras if name in observation.images}
@@ -145,8 +145,8 @@ class PolicyService:
         }
         asyncio.get_running_loop().call_soon(self.tap.observe, message)  # after the reply is on its way
 
-    def tell_critic(self, message: Mapping[str, Any]) -> None:
-        if self.tap is not None:
+    def tell_critic(self, session: Session, message: Mapping[str, Any]) -> None:
+        if self.tap is not None and session.forward:
             self.tap.event(message)
 
     def report(self, fault: Fault, dialect: str) -> None:

@@ -10,13 +10,17 @@ from services.common.errors import ServiceError
 
 @dataclass(eq=False)
 class Session:
-    """robot and episode name it towards the critic; fronts whose protocol has no names leave the defaults."""
+    """robot and episode name it towards the critic; fronts whose protocol has no names leave the defaults.
+
+    forward: False for a robot that sends the critic its frames itself; the service then does not.
+    """
 
     robot: str
     dialect: str
     generator: np.random.Generator
     episode: str = "0"
     task: str | None = None
+    forward: bool = True
     last_total_ms: float | None = None
     _arrived: int = 0
     _submitted: int = field(default=0)

@@ -40,6 +40,21 @@ def test_observations_latency_and_outcomes_reach_the_critic(models: Path) -> Non
         assert tapped(policy)["sent"] == 4
 
 
+def test_a_robot_that_asks_the_critic_itself_is_not_forwarded(models: Path) -> None:
+    with (
+        critic_server(models) as critic,
+        policy_server(models, critic_url=critic.url("/value"), critic_hz=1000) as policy,
+    ):
+        eventually(lambda: policy.service.tap.connected)
+        with NativeClient(policy.url()) as client:
+            client.ask({"type": "reset", "robot": "own", "episode": "e1", "task": TASKS[0], "forward": False})
+            client.ask(act(SPEC, 0, robot="own", forward=False))
+            client.ask({"type": "reset", "robot": "other", "episode": "e1", "task": TASKS[0]})
+            client.ask(act(SPEC, 1, robot="other"))
+            eventually(lambda: track(critic, "other") is not None and track(critic, "other").points)
+        assert track(critic, "own") is None and tapped(policy)["sent"] == 1
+
+
 def test_jpeg_frames_are_forwarded_as_they_came(models: Path) -> None:
     with critic_server(models) as critic, policy_server(models, critic_url=critic.url("/value")) as policy:
         eventually(lambda: policy.service.tap.connected)

@@ -42,6 +42,7 @@ class _Front:
         deadline_ms = number(body, "deadline_ms")
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
+        session.forward = body.get("forward") is not False
         raw = read_observation(body)
         observation = await decoded(raw, service.pipeline.spec.robot.camera_names)
         decode_ms = milliseconds(at)
@@ -67,8 +68,9 @@ class _Front:
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
         session.task = text(body, "task", "", limit=2000)
+        session.forward = body.get("forward") is not False
         self._service.tell_critic(
-            {"type": "reset", "robot": session.robot, "episode": session.episode, "task": session.task}
+            session, {"type": "reset", "robot": session.robot, "episode": session.episode, "task": session.task}
         )
         return {"type": "ok"}
 
@@ -78,11 +80,12 @@ class _Front:
         if success is not None and not isinstance(success, bool):
             raise bad_field("bad_message", "success", "true, false or null", type(success).__name__)
         self._service.tell_critic(
+            session,
             {
                 "type": "outcome",
                 "robot": text(body, "robot", session.robot, limit=64),
                 "episode": text(body, "episode", session.episode, limit=128),
                 "success": success,
-            }
+            },
         )
         return {"type": "ok"}

@@ -31,6 +31,7 @@ def test_fast_episode_executes_four_of_each_chunk_and_reports(tmp_path: Path) ->
     assert service.of_type("outcome")[0]["success"] is True and service.of_type("reset")[0]["task"] == "go right"
     rollout = read_rollout(tmp_path / "e.mcap")
     assert rollout.success and rollout.complete and rollout.steps == 10 and rollout.policy is not None
+    assert rollout.clock_offset_s == pytest.approx(100.0, abs=0.5)  # the scripted service is 100 s ahead
     np.testing.assert_allclose(rollout.action, 0.1)
     np.testing.assert_array_equal(rollout.action, rollout.proposed)
     np.testing.assert_array_equal(rollout.chunk, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2])

@@ -101,3 +101,18 @@ class TestPublish:
         assert (tmp_path / "out" / "data" / "x.bin").read_text() == "new"
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         assert not (tmp_path / "out" / "left.over").exists()
+
+    def test_what_a_killed_process_left_is_removed(self, tmp_path):
+        import os
+        import subprocess
+        import sys
+
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        left, foreign = tmp_path / f".out.{dead.pid}.tmp", tmp_path / f".out.{os.getppid()}.tmp"
+        for folder in (left, foreign):
+            folder.mkdir()
+            (folder / "half").write_text("x")
+        with publish(tmp_path / "out") as folder:
+            (folder / "a").write_text("1")
+        assert not left.exists() and foreign.exists()  # the parent lives: it may be publishing now
