@@ -44,8 +44,8 @@ class TrainPolicy:
     dataset: Path
     out: Path
     """Checkpoint folder to publish."""
-    mode: Literal["imitation", "recap", "expert"] = "recap"
-    """recap: advantage-conditioned by --labels. imitation: no clause. expert: all positive."""
+    mode: Literal["imitation", "recap"] = "recap"
+    """recap: advantage-conditioned by --labels. imitation: every frame counts as positive."""
     labels: Path | None = None
     """Advantage labels (`recap label`), for --mode recap."""
     init: Path | None = None

@@ -1,4 +1,4 @@
-"""Train a policy: plain imitation, advantage-conditioned (RECAP) or all-positive (expert)."""
+"""Train a policy: plain imitation, or advantage-conditioned (RECAP)."""
 
 import math
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ from training.loop import autocast_vision, fit, forget_state, pick_device, place
 from training.settings import PolicySettings
 from training.table import TableSource, image_side, load_table
 
-Mode = Literal["imitation", "recap", "expert"]
+Mode = Literal["imitation", "recap"]
 
 
 def train_policy(
@@ -33,8 +33,8 @@ def train_policy(
 ) -> Manifest:
     """Train on every frame of `dataset` and publish a checkpoint at `out`.
 
-    mode: "imitation" leaves every frame without a clause, "expert" marks every frame positive, "recap" takes the
-    indicators of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
+    mode: "imitation" marks every frame positive (pi*0.6 algorithm 1, line 5: the SFT stage), "recap" takes the indicators
+    of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
     the start; its sizes are kept.
     """
     if (mode == "recap") != (labels is not None):
@@ -107,8 +107,8 @@ def with_indicator(table: FrameTable, mode: Mode) -> FrameTable:
     """The table with the indicators that `mode` trains on."""
     if mode == "recap":
         return table
-    value = conditioning.POSITIVE if mode == "expert" else conditioning.NONE
-    return replace(table, indicator=np.full(len(table), value, np.int8))
+    # Not without the clause: the services always say positive, and a policy that never read it would be lost.
+    return replace(table, indicator=np.full(len(table), conditioning.POSITIVE, np.int8))
 
 
 def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> tuple[Policy, CheckpointFiles]:

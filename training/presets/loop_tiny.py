@@ -11,7 +11,7 @@ def loop() -> LoopConfig:
         demonstrations=80,
         rollouts=80,
         evaluation=100,
-        policy_steps=3000,
+        policy_steps=2500,
         finetune_steps=2000,
         critic_steps=700,
         n=10,

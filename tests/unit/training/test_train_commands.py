@@ -52,11 +52,11 @@ def test_out_of_fold_values_cover_every_frame(run):
     assert report["episodes"] == len(dataset.episodes) and 0 <= report["auc_50"] <= 1
 
 
-def test_recap_trains_on_the_labels_and_imitation_on_none(run):
+def test_recap_trains_on_the_labels_and_imitation_takes_all_as_positive(run):
     share = read_manifest(run / "recap").metrics["indicator_share"]
     labels = load_labels(run / "advantage", open_dataset(run / "dataset"))
     assert share["1"] == pytest.approx((labels.indicator == 1).mean()) and share["1"] > 0
-    assert read_manifest(run / "sft").metrics["indicator_share"] == {"-1": 1.0, "0": 0.0, "1": 0.0}
+    assert read_manifest(run / "sft").metrics["indicator_share"] == {"-1": 0.0, "0": 0.0, "1": 1.0}
 
 
 def test_checkpoint_loads_from_its_path_and_keeps_spec_and_statistics(run):
