@@ -14,7 +14,7 @@ class ExportArgs:
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Policy and critic checkpoint folders."""
     out: Path
-    """Model repository; models already in it under other names are kept."""
+    """Model repository. A critic in it is kept when a policy is exported, and the other way round."""
     target: Literal["onnx"] = "onnx"
     guided: bool = False
     """Also export `policy_guided`, which serves classifier-free guidance (beta > 1)."""

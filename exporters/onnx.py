@@ -4,6 +4,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import onnx
 import torch
 
 from exporters.wrap import Graph
@@ -33,3 +34,14 @@ def export_onnx(graph: Graph, path: Path) -> None:
     if program is None:
         raise RuntimeError(f"{graph.name}: torch.onnx.export returned nothing")
     program.save(str(path))
+    _forget_sources(path)
+
+
+def _forget_sources(path: Path) -> None:
+    """Remove what torch notes beside every node: source lines, with the paths of the machine that exported."""
+    model = onnx.load(path)
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in nodes:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    onnx.save(model, path)

@@ -1,6 +1,7 @@
 """Checkpoints -> model repository: `<name>/config.pbtxt` and `<name>/<version>/`, published whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 from exporters.onnx import BATCH_SIZES, export_onnx
@@ -16,6 +17,9 @@ VERSION = "1"
 def export_checkpoint(checkpoint: Path, out: Path, *, guided: bool, tolerance: Tolerance) -> list[Manifest]:
     """Export every graph of `checkpoint` into the repository `out`; the other models in it stay."""
     graphs = load_graphs(checkpoint, guided=guided)
+    if any(graph.name == "policy" for graph in graphs):
+        # never beside a policy of another checkpoint: `recap serve --beta` would take it for this one's
+        shutil.rmtree(out / "policy_guided", ignore_errors=True)
     return [_publish(graph, out, tolerance) for graph in graphs]
 
 

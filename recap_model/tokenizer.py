@@ -48,6 +48,8 @@ class TextTokenizer:
 def word_tokenizer(tasks: Sequence[str], max_tokens: int) -> TextTokenizer:
     """A word-level tokenizer over the given tasks and the conditioning text: what the small presets train from scratch.
 
+    Its width is `max_tokens`, or that of the longest prompt where that is more.
+
     Case is folded; newline is a token of its own, as it is in the tokenizers of the large models.
     """
     splitter = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
@@ -60,4 +62,5 @@ def word_tokenizer(tasks: Sequence[str], max_tokens: int) -> TextTokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
-    return TextTokenizer(tokenizer, max_tokens)
+    longest = max((len(tokenizer.encode(text).ids) for text in texts), default=0)
+    return TextTokenizer(tokenizer, max(max_tokens, longest))

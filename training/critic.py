@@ -177,14 +177,14 @@ def _start(
         replace(settings.language, vocabulary=padded_vocabulary(tokenizer)),
         cameras=len(robot.cameras),
         state_dim=len(robot.state),
-        max_tokens=settings.max_tokens,
+        max_tokens=tokenizer.max_tokens,
         bins=settings.bins,
         dropout=settings.dropout,
     )
     torch.manual_seed(settings.fit.seed)
     critic = Critic(config, stats)
     critic.to(device=pick_device(settings.fit.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    spec = CriticSpec(robot, settings.max_tokens, config.bins, config.low, config.high, dict(t_max))
+    spec = CriticSpec(robot, tokenizer.max_tokens, config.bins, config.low, config.high, dict(t_max))
     return critic, CheckpointFiles(Path(), config.to_json(), spec, tokenizer, stats, None)  # type: ignore[arg-type]
 
 

@@ -23,8 +23,8 @@ def validation_report(table: FrameTable, values: NDArray[np.float64], rows: NDAr
         return {"frames": 0}
     target, predicted, episode = table.target[rows].astype(float), values[rows], table.episode[rows]
     groups = [np.flatnonzero(episode == e) for e in np.unique(episode)]
-    # A failure is -1 throughout, a success ends at 0 (DESIGN 2.2): the last return tells them apart.
-    success = np.array([target[g[-1]] > -0.5 for g in groups])
+    # A success ends at 0 exactly, a failure at -c_fail / T_max: the last return tells them apart.
+    success = np.array([target[g[-1]] > -1e-6 for g in groups])
     report: dict[str, Any] = {"frames": len(rows), "episodes": len(groups), "successes": int(success.sum())}
     report["mae"] = float(np.abs(target - predicted).mean())
     good = np.concatenate([g for g, s in zip(groups, success, strict=True) if s] or [np.empty(0, int)])

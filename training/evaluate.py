@@ -211,7 +211,8 @@ def _value_auc(results: Sequence[EpisodeResult]) -> dict[str, float | None]:
 
 def _row(result: EpisodeResult) -> dict[str, Any]:
     row = asdict(result)
-    row["act_p50_s"] = float(np.median(row.pop("act_latency_s"))) if result.act_latency_s else None
+    row["act_p50_s"] = float(np.median(result.act_latency_s)) if result.act_latency_s else None
+    row["act_latency_s"] = [round(seconds, 5) for seconds in result.act_latency_s]
     return row
 
 

@@ -5,7 +5,8 @@ Arrays handed out are aligned with the dataset: row i is frame i in dataset orde
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,9 @@ def make_labels(
     labels = adv.indicators(frames, advantages, rules)
     result = audit(frames, advantages, labels, rules)
     seen = float((value.fold < 0).mean())
+    if rules.mode == "computed":
+        judged = read_manifest(values).metrics
+        result = replace(result, warnings=(*result.warnings, *critic_warnings(judged, seen)))
     data = {
         "return": target.values,
         "value": value.values,
@@ -197,6 +201,17 @@ def make_labels(
         out, "advantage", *dataset.keys(), data, parents, {"formula": FORMULA, **asdict(rules)}, metrics, write_audit
     )
     return manifest, result
+
+
+def critic_warnings(judged: Mapping[str, Any], seen: float) -> Iterator[str]:
+    """Reasons to distrust the critic behind the values. judged: its validation report; seen: share of values from a
+    critic that trained on the episode."""
+    if seen > 0:
+        yield f"{seen:.0%} of the values come from a critic that trained on the episode: train it with --folds 2"
+    if (area := judged.get("auc_50")) is not None and area < 0.6:
+        yield f"the critic hardly tells success from failure half-way (AUC {area:.2f} on episodes it had not seen)"
+    if (drop := judged.get("failure_drop")) is not None and drop > 0:
+        yield f"the critic's value rises ({drop:+.2f}) on failed episodes that it had not seen"
 
 
 def frames_of(dataset: Dataset, returns: Path) -> adv.Frames:

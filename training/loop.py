@@ -6,7 +6,10 @@ Everything random is seeded by (seed, step), so a resumed run continues on the b
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,13 +47,15 @@ def fit(
     start = _restore(work, module, optimizer, average, identity)
     tracker = Tracker(work, settings.tracker, start, name=what)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    step, recent = start, []
+    done, recent = start, []
     with Progress(*columns, disable=settings.steps < settings.log_every) as bar:
         task = bar.add_task(what, total=settings.steps, completed=start)
         try:
             for step in range(start, settings.steps):
-                loss, norm = _optimise(module, optimizer, loss_step, step, settings)
-                average.update(module, step)
+                with _whole():
+                    loss, norm = _optimise(module, optimizer, loss_step, step, settings)
+                    average.update(module, step)
+                    done = step + 1
                 recent.append(loss)
                 bar.update(task, advance=1)
                 if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
@@ -61,12 +66,28 @@ def fit(
                 if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
                     _save(work, module, optimizer, average, step + 1, identity)
         except KeyboardInterrupt:
-            _save(work, module, optimizer, average, step, identity)
-            bar.console.print(f"{what}: interrupted at step {step}; run the same command again to resume")
+            _save(work, module, optimizer, average, done, identity)
+            bar.console.print(f"{what}: interrupted after step {done}; run the same command again to resume")
             raise
         finally:
             tracker.close()
     return average
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is over: a half-applied step could not be resumed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _optimise(

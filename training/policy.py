@@ -33,8 +33,8 @@ def train_policy(
 ) -> Manifest:
     """Train on every frame of `dataset` and publish a checkpoint at `out`.
 
-    mode: "imitation" marks every frame positive (pi*0.6 algorithm 1, line 5: the SFT stage), "recap" takes the indicators
-    of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
+    mode: "imitation" marks every frame positive (pi*0.6 algorithm 1, line 5: the SFT stage), "recap" takes the
+    indicators of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
     the start; its sizes are kept.
     """
     if (mode == "recap") != (labels is not None):
@@ -128,12 +128,12 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
         state_dim=len(robot.state),
         action_dim=len(robot.action),
         chunk=settings.chunk,
-        max_tokens=settings.max_tokens,
+        max_tokens=tokenizer.max_tokens,
         denoise_steps=settings.denoise_steps,
     )
     torch.manual_seed(settings.fit.seed)
     policy = _placed(Policy(config, stats), settings)
-    spec = PolicySpec(robot, settings.chunk, settings.max_tokens)
+    spec = PolicySpec(robot, settings.chunk, tokenizer.max_tokens)
     return policy, CheckpointFiles(Path(), config.to_json(), spec, tokenizer, stats, None)  # type: ignore[arg-type]
 
 

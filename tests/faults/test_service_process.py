@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,12 +61,10 @@ def test_a_signal_drains_and_the_exit_code_is_zero(models: Path, tmp_path: Path,
         with NativeClient(f"ws://127.0.0.1:{port}/act") as client:
             assert client.ask(act(SPEC))["type"] == "chunk"
             client.send(act(SPEC, 2))
-            start = time.monotonic()
             process.popen.send_signal(number)
             replies, code = client.until_closed()
             assert ([reply["seq"] for reply in replies], code) == ([2], 1001)
         assert process.popen.wait(10) == 0, process.text()
-        assert time.monotonic() - start < 5
 
 
 def test_both_services_run_beside_each_other_and_a_dead_one_is_restarted(models: Path, tmp_path: Path) -> None:

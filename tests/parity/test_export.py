@@ -1,6 +1,7 @@
 """Exported files compute what the checkpoint computes, at every batch size; what differs is not published."""
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -49,6 +50,7 @@ def test_folder_is_complete_and_verified(exported, name):
     assert {p.name for p in folder.iterdir()} == {
         "model.onnx", "spec.json", "tokenizer.json", "parity.json", "manifest.json",
     }  # fmt: skip
+    assert b"site-packages" not in (folder / "model.onnx").read_bytes()  # no source lines of the exporting machine
     receipt = json.loads((folder / "parity.json").read_text())
     assert {row["batch"] for row in receipt["rows"]} == set(BATCH_SIZES)
     assert receipt["max_abs"] == manifest.metrics["max_abs"] <= 1e-4
@@ -92,3 +94,12 @@ def test_comparison_catches_nan_and_shape():
 def test_unknown_tensor_type_is_refused():
     with pytest.raises(ValueError, match=r"expected one of .* got complex128"):
         config_pbtxt("x", {"a": np.zeros((1, 2), complex)}, {}, 8)
+
+
+def test_a_guided_graph_never_outlives_its_policy(exported, tmp_path):
+    root, _ = exported
+    (tmp_path / "repo").mkdir()
+    shutil.copytree(root / "repo" / "policy_guided", tmp_path / "repo" / "policy_guided")
+    other = save_policy(tmp_path / "other", seed=4)
+    assert export([str(other), "--out", str(tmp_path / "repo")]) == 0
+    assert [p.name for p in (tmp_path / "repo").iterdir()] == ["policy"]

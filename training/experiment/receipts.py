@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recap_model.manifest import NAME, content_hash, read_manifest
+from recap_model.manifest import content_hash
 from training.experiment.stages import Stage
 
 State = Literal["done", "partial", "stale", "new"]
@@ -83,7 +83,7 @@ def fingerprint(path: Path) -> str | None:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     if not path.is_dir():
         return None
-    return read_manifest(path).hash if (path / NAME).is_file() else content_hash(path)
+    return content_hash(path)  # not what its manifest says: a damaged folder is made again
 
 
 def _keep(path: Path, folder: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_finished_run_has_every_section(run: Path) -> None:
     assert "&lt;careful&gt;" in page
     assert "human takeover" in page
     assert "0.812" in page
-    assert f"{(8 * 30 + 2 * 62) / (8 * 15 + 2 * 62):.2f}x" in page  # the best RECAP policy over plain imitation
+    assert f"{(8 * 30 + 2 * 62) / (8 * 20 + 2 * 62):.2f}x" in page  # RECAP without guidance over plain imitation
 
 
 def test_throughput_is_compared_within_an_iteration_and_paired(run: Path) -> None:

@@ -1,6 +1,8 @@
 """The optimisation loop: it learns, it resumes exactly, it refuses what it cannot resume."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from model_factory import TOKENIZER, make_policy, make_table
 from training.loader import Loader, Sampler
 from training.loop import ResumeError, fit
-from training.optim import OptimConfig, rate
+from training.optim import Average, OptimConfig, rate
 from training.policy import policy_loss
 from training.settings import FitSettings
 
@@ -43,6 +45,25 @@ def test_an_interrupted_run_ends_bit_equal_to_a_straight_one(tmp_path):
     lines = [(tmp_path / kind / "metrics.jsonl").read_text().splitlines() for kind in ("straight", "broken")]
     assert [json.loads(line)["step"] for line in lines[0]] == [3, 6, 9, 12]
     assert json.loads(lines[0][-1])["loss"] == json.loads(lines[1][-1])["loss"]
+
+
+def test_ctrl_c_in_the_middle_of_a_step_loses_and_repeats_nothing(tmp_path, monkeypatch):
+    weights, average = run(tmp_path / "straight")
+    update = Average.update
+
+    def interrupted(self, module, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(self, module, step)
+
+    monkeypatch.setattr(Average, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken")
+    monkeypatch.setattr(Average, "update", update)
+    resumed, resumed_average = run(tmp_path / "broken")
+    for name, value in weights.items():
+        assert torch.equal(value, resumed[name]), name
+        assert torch.equal(average.shadow[name], resumed_average.shadow[name]), name
 
 
 def test_a_killed_run_resumes_from_its_last_saved_state(tmp_path):

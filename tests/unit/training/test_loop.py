@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from recap_model import cli
@@ -242,9 +243,9 @@ def test_a_stopped_loop_leaves_no_child_and_no_lock(folder, program, number):
     wait_for(lambda: (folder / "s.running").exists())
     with pytest.raises(LoopError, match="in use"), locked(folder):
         pass
-    child = int(subprocess.run(["pgrep", "-P", str(process.pid)], check=True, capture_output=True).stdout.split()[0])
+    child = psutil.Process(process.pid).children()[0].pid
     process.send_signal(number)
-    process.wait(20)
+    process.wait(90)
     wait_for(lambda: not alive(child))
     if number != signal.SIGKILL:
         assert (folder / "s.stopped").read_text() == "politely"
@@ -252,7 +253,7 @@ def test_a_stopped_loop_leaves_no_child_and_no_lock(folder, program, number):
         assert Receipts(folder).state(Stage("s", ("sleep", "s"), (), ("s",))) == "partial"
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
