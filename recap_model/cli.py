@@ -103,8 +103,10 @@ def _guarded(name: str, run: Callable[[], int | None], debug: bool) -> int:
         if debug or missing_package(error) is None:
             raise
         print(f"recap {name}: {missing_package(error)}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError) as error:
+        # the robot side's errors (service away, no such robot) are RuntimeErrors; any other is a defect and is shown
+        ours = not isinstance(error, RuntimeError) or type(error).__module__.startswith("recap_client.")
+        if debug or not ours:
             raise
         text = str(error) or type(error).__name__
         print(f"recap {name}: {text}\n  (add --debug to see where it came from)", file=sys.stderr)

@@ -193,10 +193,15 @@ class _Supervisor:
                     continue
                 recent = [start for start in self._starts[what] if time.monotonic() - start < _WITHIN_S]
                 if child.exitcode == _SETUP_FAILED or len(recent) > _RESTARTS:
+                    alone = what == "critic"
                     _complain(
                         f"the {what} service ended with exit code {child.exitcode} and cannot be kept running "
-                        f"({len(recent)} starts in {_WITHIN_S:.0f} s); stopping"
+                        f"({len(recent)} starts in {_WITHIN_S:.0f} s); "
+                        + ("the policy serves on without it" if alone else "stopping")
                     )
+                    if alone:
+                        del self._children[what]
+                        continue
                     return 1
                 _complain(f"the {what} service ended with exit code {child.exitcode}; restarting it")
                 time.sleep(min(0.2 * len(recent), 1.0))

@@ -1,4 +1,4 @@
-"""The smallest loop that drives a robot from a policy service: replace MetaWorldRobot by your own class.
+"""The smallest program that drives a robot from a policy service: replace MetaWorldRobot by your own class.
 
 python minimal_loop.py ws://127.0.0.1:8000/act
 """
@@ -7,18 +7,13 @@ import sys
 
 from recap_client.policy import RemotePolicy
 from recap_client.robots.metaworld import MetaWorldRobot
-from recap_client.safety import SafetyLimits
+from recap_client.runtime import run_episode
 
 robot = MetaWorldRobot()
 policy = RemotePolicy(sys.argv[1], robot.spec)
-safe = SafetyLimits(robot.spec)
-robot.reset("drawer-open", seed=1)
-policy.reset("episode-1", task=robot.prompt("drawer-open"))
-done = False
-while not done:
-    chunk = policy.infer(robot.observe(), prompt="open the drawer", deadline_s=1.0)
-    for action in chunk.actions[:4]:
-        result = robot.act(safe(action))
-        if done := result.done:
-            break
+try:  # keeps the control rate, holds position when starved, reconnects, checks limits
+    result = run_episode(robot, "drawer-open", seed=1, policy=policy)
+finally:
+    policy.close()
+    robot.close()
 print("success" if result.success else "failed")

@@ -1,6 +1,7 @@
 """`recap-client run | replay | bench`: drive a robot, look into a recording, measure a service."""
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -13,14 +14,16 @@ import numpy as np
 
 from recap_client.fleet import FleetError, FleetSettings, Job, run_fleet
 from recap_client.intervention import TakeoverRule
+from recap_client.pace import Pace
 from recap_client.policy import RemotePolicy
 from recap_client.record import RecordError
 from recap_client.robots.base import Observation, RobotError
 from recap_client.robots.registry import open_robot
 from recap_client.rollout import RolloutError, read_rollout
 from recap_client.runtime import EpisodeResult, LoopSettings
+from recap_client.safety import SafetyLimits
 from recap_client.session import ServiceError
-from recap_client.spec import RobotSpec, SpecError
+from recap_client.spec import RobotSpec, SpecError, require_equal
 
 KNOWN_ERRORS = (FleetError, RecordError, RobotError, RolloutError, ServiceError, SpecError)
 
@@ -71,20 +74,27 @@ def replay(arguments: argparse.Namespace) -> int:
     )
     if arguments.robot is None:
         return 0
+    step, worst, success = -1, 0.0, None
     robot = open_robot(arguments.robot)
-    robot.reset(rollout.task, rollout.seed)
-    period, success = 1.0 / rollout.control_hz, None
-    worst, start = 0.0, time.monotonic()
-    for step, action in enumerate(rollout.action):
-        if arguments.realtime:
-            time.sleep(max(0.0, start + step * period - time.monotonic()))
-        state = robot.observe().state
-        worst = max(worst, float(np.abs(state - rollout.state[step]).max()))
-        result = robot.act(action) if np.isfinite(action).all() else robot.hold()
-        success = result.success
-        if result.done:
-            break
-    robot.close()
+    try:
+        require_equal(robot.spec, rollout.spec, what=f"{arguments.file}: recorded on another robot")
+        safe = SafetyLimits(robot.spec)
+        robot.reset(rollout.task, rollout.seed)
+        pace = Pace(1.0 / rollout.control_hz, realtime=not arguments.fast)
+        for step, action in enumerate(rollout.action):
+            pace.wait(step)
+            worst = max(worst, float(np.abs(robot.observe().state - rollout.state[step]).max()))
+            result = robot.act(safe(action)) if np.isfinite(action).all() else robot.hold()
+            pace.end(step)
+            success = result.success
+            if result.done:
+                break
+    except BaseException:
+        with contextlib.suppress(Exception):
+            robot.hold()
+        raise
+    finally:
+        robot.close()
     print(json.dumps({"steps": step + 1, "success": success, "recorded_success": rollout.success,
                       "largest_state_difference": worst}))  # fmt: skip
     return 0
@@ -92,7 +102,7 @@ def replay(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Latency of a policy service as the robot sees it; JSON as the last line."""
-    spec = _served_spec(arguments.url)
+    spec = _served_spec(arguments.url, _headers(arguments.api_key))
     policy = RemotePolicy(arguments.url, spec, robot="bench", jpeg_quality=arguments.jpeg,
                           headers=_headers(arguments.api_key))  # fmt: skip
     rng = np.random.default_rng(0)
@@ -113,7 +123,7 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _served_spec(url: str) -> RobotSpec:
+def _served_spec(url: str, headers: dict[str, str]) -> RobotSpec:
     """The robot spec that a policy service was made for: a benchmark has no robot of its own."""
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import connect
@@ -122,7 +132,8 @@ def _served_spec(url: str) -> RobotSpec:
     from recap_client.wire import unpack
 
     try:
-        with connect(url, subprotocols=[SUBPROTOCOL], compression=None, proxy=None) as link:  # type: ignore[list-item]
+        with connect(url, subprotocols=[SUBPROTOCOL], compression=None, proxy=None,  # type: ignore[list-item]
+                     additional_headers=headers) as link:  # fmt: skip
             welcome = unpack(link.recv(timeout=5))
             return RobotSpec.from_json(welcome["spec"]["robot"])
     except (OSError, WebSocketException, KeyError, TypeError, ValueError) as error:
@@ -175,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("replay", help="summary of a recording, or its actions on a robot")
     add.add_argument("file", type=Path)
     add.add_argument("--robot", help="step the actions through this robot")
-    add.add_argument("--realtime", action="store_true")
+    add.add_argument("--fast", action="store_true", help="as fast as the robot goes, not at the recorded rate")
     add.set_defaults(command=replay)
     add = commands.add_parser("bench", help="latency of a policy service")
     add.add_argument("--url", required=True)

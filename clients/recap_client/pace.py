@@ -21,6 +21,7 @@ class Pace:
     def __init__(self, period_s: float, realtime: bool) -> None:
         self.period_s, self.realtime = period_s, realtime
         self.missed = 0
+        self.lost_s = 0.0
         self._start = time.monotonic()
 
     def wait(self, step: int) -> None:
@@ -41,6 +42,7 @@ class Pace:
         if self.realtime and late > 0:
             self.missed += 1
             self._start += late
+            self.lost_s += late
 
     def idle(self) -> None:
         """One control period of real time passes without an action: also when running fast, where a service that is

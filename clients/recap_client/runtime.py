@@ -79,6 +79,8 @@ class _Loop:
         self.recorder: Recorder | None = None
         self.tally = _Tally()
         self.judged = -settings.execute
+        self.proposed: NDArray[np.float32] | None = None
+        self.asked_lost = self.chunk_lost = 0.0
         self.deadline_s = settings.deadline_s or (0.4 if settings.realtime else None)
 
     def run(self, recording: Path | None) -> EpisodeResult:
@@ -101,11 +103,22 @@ class _Loop:
             success, reason = result.success, "success" if result.success else "timeout"
         except KeyboardInterrupt:
             reason = "operator"
+            self._stop()
+        except BaseException:
+            self._stop()
+            raise
         finally:
             self.asking.close()
             self.judging.close()
             error = self._end(success, reason)
         return self._result(success, reason, recording, error)
+
+    def _stop(self) -> None:
+        """Nobody commands any more: hold before anything that takes time (late replies, the log)."""
+        try:
+            self.robot.hold()
+        except Exception as error:
+            _log.error("%s: the robot could not be told to hold: %s", self.episode, error)
 
     def _steps(self) -> StepResult:
         while True:
@@ -115,6 +128,9 @@ class _Loop:
             value = self._judge(step, observation)
             command, chunk = self._choose(step, observation)
             result = self._apply(command)
+            self.safety.applied(result.action)
+            if self.critic is not None and not self._waits_for_value():
+                value = self._value(step)  # in real time never before the action
             self.tally.steps += 1
             self._note(step, observation, command, chunk, value, result)
             if command is None:
@@ -144,6 +160,14 @@ class _Loop:
                 seen, self.prompt, act_latency_s=newest, deadline_s=self.deadline_s))  # fmt: skip
             # the policy can work at the same time
             self._ask(step, observation)
+        return self._value(step) if self._waits_for_value() else None
+
+    def _waits_for_value(self) -> bool:
+        """Is the value needed before the action? Only by an operator who may take over."""
+        return self.watcher is not None or not self.settings.realtime
+
+    def _value(self, step: int) -> float | None:
+        """The critic's answer if it is there; returned when it is of this very step, noted in any case."""
         try:
             done = self.judging.result(self.pace.patience(step))
         except ServiceError as error:
@@ -156,7 +180,7 @@ class _Loop:
         self.tally.alarms += int(value.alarm)
         if self.watcher and self.watcher.see(at * self.pace.period_s, value.value) and self.human is None:
             self._take_over(step)
-        return value.value
+        return value.value if at == step else None
 
     def _take_over(self, step: int) -> None:
         assert self.make_human is not None
@@ -169,18 +193,24 @@ class _Loop:
         if policy is None or self.human is not None or self.asking.busy or observation is None:
             return
         if self.queue.wants_chunk(step):
+            self.asked_lost = self.pace.lost_s
             self.asking.start(step, lambda: policy.infer(observation, self.prompt, deadline_s=self.deadline_s))
 
     def _choose(self, step: int, observation: Observation | None) -> tuple[NDArray[np.float32] | None, int]:
         """The command of this step (None = hold) and the chunk it comes from."""
+        self.proposed = None
         if self.human is not None:
             return self._safe(self.human.action()), -1
+        if self._stale(self.chunk_lost):
+            self.queue.clear()
         self._ask(step, observation)
         try:
             done = self.asking.result(self.pace.patience(step))
             if done is not None:
                 at, chunk = done
-                self.queue.put(chunk.actions, at, chunk.seq)
+                if not self._stale(self.asked_lost):
+                    self.queue.put(chunk.actions, at, chunk.seq)
+                    self.chunk_lost = self.asked_lost
                 self.tally.latency.append(chunk.latency_s)
                 self.tally.failing = False
         except ServiceError as error:
@@ -189,7 +219,12 @@ class _Loop:
         if due is None:
             self.tally.starved += 1
             return None, -1
+        self.proposed = due.action
         return self._safe(due.action), due.chunk
+
+    def _stale(self, lost_then: float) -> bool:
+        """Has the clock been moved on, since that observation, by more than a reply may be late?"""
+        return self.deadline_s is not None and self.pace.lost_s - lost_then > self.deadline_s
 
     def _safe(self, action: NDArray[np.float32]) -> NDArray[np.float32] | None:
         try:
@@ -213,8 +248,7 @@ class _Loop:
         if applied is None:
             applied = np.full(len(self.robot.spec.action), np.nan, np.float32)  # a hold that the robot does not explain
         images = observation.images if self.settings.record_images else {}
-        proposed = command if self.human is None else None
-        self.recorder.step(StepRecord(step, observation.t, observation.state, applied, images, proposed, chunk,
+        self.recorder.step(StepRecord(step, observation.t, observation.state, applied, images, self.proposed, chunk,
                                       intervened, value))  # fmt: skip
 
     def _service_failed(self, what: str, error: ServiceError) -> None:

@@ -25,6 +25,11 @@ class SafetyLimits:
         """Start of an episode: the first action may be anything inside the limits."""
         self._last, self.clipped = None, 0
 
+    def applied(self, action: NDArray[np.float32] | None) -> None:
+        """What the robot really did (a hold, a clip of its own): the next change is measured from it."""
+        if action is not None and np.isfinite(action).all():
+            self._last = np.array(action, np.float32)
+
     def __call__(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [A] that is safe to carry out; counts changed ones in `clipped`. Raises UnsafeAction."""
         array = np.asarray(action, np.float32)

@@ -147,8 +147,8 @@ class Session:
             raise ServiceUnavailable(
                 f"{self.url}: cannot connect: {error}; is the {self.kind} service running there?"
             ) from error
-        _limit_sending(link, self._timeout_s)
         try:
+            _limit_sending(link, self._timeout_s)
             first = unpack(link.recv(timeout=self._timeout_s))
             if not isinstance(first, dict) or first.get("type") != "welcome" or first.get("protocol") != SUBPROTOCOL:
                 raise ProtocolError(f"{self.url}: expected a welcome of {SUBPROTOCOL}, got {str(first)[:200]}")
@@ -161,7 +161,7 @@ class Session:
         except (ProtocolError, SpecError):
             link.close()
             raise
-        except (WireError, KeyError, TypeError, TimeoutError, ConnectionClosed, OSError) as error:
+        except (ValueError, KeyError, TypeError, TimeoutError, ConnectionClosed, OSError) as error:
             link.close()
             raise ProtocolError(f"{self.url}: expected a welcome of {SUBPROTOCOL}, got none: {error}") from error
 
@@ -182,7 +182,7 @@ class Session:
         while not self._closed:
             try:
                 link, welcome = self._connect()
-            except (ServiceError, SpecError) as error:
+            except Exception as error:  # whatever it is: a robot that stops trying never comes back
                 _log.info("%s", error)
                 time.sleep(delay * random.uniform(0.5, 1.0))  # a fleet must not come back in one instant
                 delay = min(longest, 2 * delay)

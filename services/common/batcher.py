@@ -15,6 +15,8 @@ from services.common.engine import Arrays, Engine
 from services.common.errors import ServiceError
 from services.common.logs import get_logger
 
+_TROUBLE_S = 10.0
+
 log = get_logger("batcher")
 
 
@@ -48,6 +50,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name=f"engine-{engine.name}", daemon=True)
         self._thread.start()
         self.last_error: str | None = None
+        self.failed_at = 0.0
 
     async def run(self, key: Hashable, inputs: Arrays, *, deadline_s: float | None = None) -> Answer:
         """The engine's answer for one sample (arrays without batch dimension).
@@ -92,6 +95,12 @@ class Batcher:
             _fail(item, ServiceError("shutting_down", "the service is shutting down; connect again in a moment"))
         self._thread.join(timeout=1.0)  # one that hangs in the engine dies with the process
 
+    @property
+    def trouble(self) -> str | None:
+        """The last run's failure, for ten seconds: then a new request may try, or a pod taken out of service would
+        never come back."""
+        return self.last_error if time.monotonic() - self.failed_at < _TROUBLE_S else None
+
     def _take(self) -> list[_Item] | None:
         with self._wake:
             while not self._waiting and not self._closed:
@@ -108,6 +117,7 @@ class Batcher:
                 outputs = self._engine.run(_stack([item.inputs for item in items]))
             except Exception as error:  # whatever an engine raises must not end the thread that serves every robot
                 self.last_error = f"{type(error).__name__}: {error}"
+                self.failed_at = time.monotonic()
                 log.error("the engine failed", engine=self._engine.name, batch=len(items), exc_info=error)
                 _post(items, _fail_all, items, self.last_error)
                 continue

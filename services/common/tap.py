@@ -9,7 +9,6 @@ from typing import Any
 
 from websockets import Subprotocol
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import WebSocketException
 
 from recap_client import wire
 from services.common.logs import get_logger
@@ -62,6 +61,8 @@ class CriticTap:
     def event(self, message: Mapping[str, Any]) -> None:
         """Offer a `reset` or `outcome` message."""
         with self._lock:
+            if message["type"] == "reset":  # a frame of the last episode that still waits would bring it back
+                self._queue.pop(str(message["robot"]), None)
             if len(self._queue) < _EVENTS:
                 self._queue[object()] = message
         self._notify()
@@ -105,7 +106,7 @@ class CriticTap:
                     self._under_way.clear()
                     self.connected = True
                     await self._exchange(socket)
-            except (OSError, TimeoutError, WebSocketException) as error:
+            except Exception as error:  # also a reply that does not decode: the tap must come back
                 if not told:
                     log.warning(
                         "critic not reachable; the policy serves on without it",

@@ -41,7 +41,7 @@ class CriticService:
     def not_ready(self) -> str | None:
         if self.connections.draining:
             return "shutting down"
-        return None if self.batcher.last_error is None else f"the engine failed: {self.batcher.last_error}"
+        return None if (why := self.batcher.trouble) is None else f"the engine failed: {why}"
 
     def welcome(self) -> Message:
         model = {"name": self.engine.name, "version": self.engine.version, "hash": self.engine.hash}

@@ -111,9 +111,17 @@ def run(args: DemoArgs, jobs: Sequence[Job], console: Console) -> Iterator[Episo
         stack.callback(process.terminate)
         period_ms = 1e3 / metaworld_spec().control_hz
         with Progress(console, jobs, period_ms, at.critic + "/") as progress:
+            done = 0
             for job, result in zip(jobs, _results(receiver, progress, follower), strict=False):
                 progress.finished(result)
+                done += 1
                 yield _episode(job, result, follower)
+            if done < len(jobs):
+                process.join(5)
+                raise DemoError(
+                    f"the robot process ended (exit code {process.exitcode}) after {done} of {len(jobs)} episodes; "
+                    f"what it recorded is in {args.out / 'rollouts'}"
+                )
 
 
 def _results(receiver: Connection, progress: Progress, follower: ValueFollower) -> Iterator[EpisodeResult]:

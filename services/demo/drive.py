@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recap_client.policy import RemotePolicy
-from recap_client.robots.base import Observation, Robot, RobotError, StepResult
+from recap_client.robots.base import Observation, Robot, StepResult
 from recap_client.robots.metaworld import MetaWorldRobot
 from recap_client.runtime import EpisodeResult, LoopSettings, run_episode
 from recap_client.session import ServiceError
@@ -115,7 +115,7 @@ def _drive(url: str, jobs: Sequence[Job], rollouts: Path, execute: int, sender: 
         robot.close()
     except KeyboardInterrupt:
         pass
-    except (ServiceError, RobotError, ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the other side must hear of it
         sender.send(Failure(f"{type(error).__name__}: {error}"))
     finally:
         sender.close()

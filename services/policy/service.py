@@ -58,7 +58,7 @@ class PolicyService:
     def not_ready(self) -> str | None:
         if self.connections.draining:
             return "shutting down"
-        return None if self.batcher.last_error is None else f"the engine failed: {self.batcher.last_error}"
+        return None if (why := self.batcher.trouble) is None else f"the engine failed: {why}"
 
     def welcome(self) -> dict[str, Any]:
         """The first message of `recap.v1`, and the metadata frame of the openpi protocol."""

@@ -82,7 +82,7 @@ def test_robots_values_alarms_and_outcomes_appear_as_they_happen(models: Path, b
         for step in range(10):
             observe(client, "arm-1", step, -0.9 + step / 20, act_latency_ms=12.3)
             observe(client, "arm-2", step, -0.3 if step < 4 else -0.9, prompt=TASKS[1])
-        shows(browser, "arm-1", points=10, alarm="false", state="live")
+        shows(browser, "arm-1", points=10, alarm="false")
         shows(browser, "arm-2", points=10, alarm="true")
         assert part(browser, "arm-1", "task") == TASKS[0] and part(browser, "arm-2", "task") == TASKS[1]
         assert part(browser, "arm-1", "latency") == "12.3 ms" and part(browser, "arm-2", "badge") == "value has fallen"
@@ -132,7 +132,7 @@ def test_the_page_survives_a_restart_of_the_critic(models: Path, browser: webdri
         with NativeClient(second.url("/value")) as client:
             observe(client, "arm-1", 0, -0.4, episode="e2")
             observe(client, "arm-1", 1, -0.4, episode="e2")
-            shows(browser, "arm-1", points=2, episode="e2", outcomes=1, state="live")
+            shows(browser, "arm-1", points=2, episode="e2", outcomes=1)
 
 
 def test_dozens_of_robots_fit_on_a_page(models: Path, browser: webdriver.Chrome) -> None:

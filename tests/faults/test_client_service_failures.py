@@ -149,7 +149,7 @@ def test_a_service_killed_in_mid_episode(tmp_path: Path) -> None:
                 servers.append(start_server(port))
             return super().observe()
 
-    robot = Robot(limit=600)
+    robot = Robot(limit=600, hz=10)
     try:
         policy = RemotePolicy(f"ws://127.0.0.1:{port}/act", TOY_SPEC)
         result = run_episode(robot, "right", 0, policy=policy, recording=tmp_path / "e.mcap",

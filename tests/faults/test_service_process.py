@@ -63,7 +63,7 @@ def test_a_signal_drains_and_the_exit_code_is_zero(models: Path, tmp_path: Path,
             client.send(act(SPEC, 2))
             process.popen.send_signal(number)
             replies, code = client.until_closed()
-            assert ([reply["seq"] for reply in replies], code) == ([2], 1001)
+            assert ([(reply["type"], reply["seq"]) for reply in replies], code) == ([("chunk", 2)], 1001)
         assert process.popen.wait(10) == 0, process.text()
 
 

@@ -60,7 +60,7 @@ def test_recorded_actions_replay_to_the_same_states(tmp_path: Path) -> None:
     from recap_client.cli import main
 
     collect(["--demonstrations", "--out", str(tmp_path), "--tasks", "drawer-open", "--episodes-per-task", "1"])
-    assert main(["replay", str(tmp_path / "drawer-open-000000.mcap"), "--robot", "metaworld"]) == 0
+    assert main(["replay", str(tmp_path / "drawer-open-000000.mcap"), "--robot", "metaworld", "--fast"]) == 0
 
 
 def test_evaluate_a_served_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
