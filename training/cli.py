@@ -44,10 +44,11 @@ class TrainPolicy:
     dataset: Path
     out: Path
     """Checkpoint folder to publish."""
-    mode: Literal["imitation", "recap"] = "recap"
-    """recap: advantage-conditioned by --labels. imitation: every frame counts as positive."""
+    mode: Literal["imitation", "recap", "filtered"] = "recap"
+    """recap: advantage-conditioned by --labels. imitation: every frame counts as positive. filtered: only the positive
+    frames of --labels (a control)."""
     labels: Path | None = None
-    """Advantage labels (`recap label`), for --mode recap."""
+    """Advantage labels (`recap label`), for --mode recap and filtered."""
     init: Path | None = None
     """Checkpoint to start from; its sizes, vocabulary and normalisation are kept."""
     dropout: float | None = None

@@ -1,4 +1,4 @@
-"""Train a policy: plain imitation, or advantage-conditioned (RECAP)."""
+"""Train a policy: plain imitation, advantage-conditioned (RECAP), or imitation of the positive frames alone."""
 
 import math
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ from training.loop import autocast_vision, fit, forget_state, pick_device, place
 from training.settings import PolicySettings
 from training.table import TableSource, image_side, load_table
 
-Mode = Literal["imitation", "recap"]
+Mode = Literal["imitation", "recap", "filtered"]
 
 
 def train_policy(
@@ -34,15 +34,16 @@ def train_policy(
     """Train on every frame of `dataset` and publish a checkpoint at `out`.
 
     mode: "imitation" marks every frame positive (pi*0.6 algorithm 1, line 5: the SFT stage), "recap" takes the
-    indicators of `labels` (a folder of `recap label`). init: checkpoint whose weights, tokenizer and normalisation are
-    the start; its sizes are kept.
+    indicators of `labels` (a folder of `recap label`), "filtered" only the frames that are positive there: the control
+    that tells what the labels do from what the conditioning does. init: checkpoint whose weights, tokenizer and
+    normalisation are the start; its sizes are kept.
     """
-    if (mode == "recap") != (labels is not None):
+    if (mode != "imitation") != (labels is not None):
         raise ValueError(
             f"--labels: mode {mode!r} "
             + (
                 "needs a label folder (made by `recap label`), got none"
-                if mode == "recap"
+                if mode != "imitation"
                 else f"takes no labels, got {labels}; use --mode recap"
             )
         )
@@ -57,7 +58,8 @@ def train_policy(
         shift=settings.shift,
         seed=settings.fit.seed,
     )
-    sampler = Sampler(np.arange(len(table)), settings.fit.batch_size, settings.fit.seed)
+    rows = np.flatnonzero(table.indicator == conditioning.POSITIVE) if mode == "filtered" else np.arange(len(table))
+    sampler = Sampler(rows, settings.fit.batch_size, settings.fit.seed)
     parents = {"dataset": source.hash} | ({"labels": source.labels_hash} if labels else {})
     parents |= {"init": read_manifest(init).hash} if init else {}
     work = out.with_name(out.name + ".work")
@@ -81,7 +83,7 @@ def train_policy(
             metrics={
                 "frames": len(table),
                 "indicator_share": shares,
-                "epochs": settings.fit.steps * settings.fit.batch_size / len(table),
+                "epochs": settings.fit.steps * settings.fit.batch_size / len(rows),
             },
         )
     forget_state(work)
@@ -105,7 +107,7 @@ def policy_loss(policy: Policy, batch: Batch, draws: int, generator: torch.Gener
 
 def with_indicator(table: FrameTable, mode: Mode) -> FrameTable:
     """The table with the indicators that `mode` trains on."""
-    if mode == "recap":
+    if mode != "imitation":
         return table
     # Not without the clause: the services always say positive, and a policy that never read it would be lost.
     return replace(table, indicator=np.full(len(table), conditioning.POSITIVE, np.int8))

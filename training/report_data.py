@@ -14,7 +14,12 @@ from recap_model.manifest import read_manifest
 from recap_model.statistics import throughput_ratio
 
 BASELINE = "imitation"
-_NAMES = {"sft": "imitation of the demonstrations", "recap": "RECAP", "imitation": "plain imitation, same data"}
+_NAMES = {
+    "sft": "imitation of the demonstrations",
+    "recap": "RECAP",
+    "imitation": "plain imitation, same data",
+    "filtered": "imitation of the positive frames",
+}
 
 
 class ReportError(ValueError):
@@ -72,7 +77,7 @@ def read_run(root: Path) -> Run:
     ]
     audits = {k: found for k in iterations if (found := _json(root / f"{k}/advantage/audit.json")) is not None}
     critics = {k: read_manifest(path).metrics for k in iterations if (path := root / f"{k}/critic").is_dir()}
-    checkpoints = [f"{k}/{name}" for k in iterations for name in ("critic", "sft", "recap", "imitation")]
+    checkpoints = [f"{k}/{name}" for k in iterations for name in ("critic", "sft", "recap", "imitation", "filtered")]
     curves = {name: rows for name in checkpoints if (rows := _lines(root / name / "metrics.jsonl"))}
     folders = [files for k in iterations if (files := tuple(sorted((root / f"{k}/rollouts").rglob("*.mcap"))))]
     return Run(root, str(description["config"]["name"]), tuple(arms), audits, critics, curves,

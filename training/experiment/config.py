@@ -33,6 +33,8 @@ class LoopConfig:
     critic_steps: int | None = None
     folds: int = 2
     betas: tuple[float, ...] = (1.0, 1.75)
+    controls: tuple[str, ...] = ("imitation",)
+    """Policies trained on the same data from the same start: "imitation" of all frames, "filtered" of the positive."""
     n: int = 8
     positive_fraction: float = 0.4
     demonstration_fraction: float = 0.3

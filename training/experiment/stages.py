@@ -59,7 +59,7 @@ def arms(config: LoopConfig, iterations: int) -> tuple[Arm, ...]:
     found = [Arm("sft", 0, 1.0, "0/evaluation-sft", "0/sft")]
     for k in range(1, iterations + 1):
         found += [Arm("recap", k, beta, f"{k}/evaluation-{_arm(beta)}", f"{k}/recap") for beta in config.betas]
-        found.append(Arm("imitation", k, 1.0, f"{k}/evaluation-imitation", f"{k}/imitation"))
+        found += [Arm(name, k, 1.0, f"{k}/evaluation-{name}", f"{k}/{name}") for name in config.controls]
     return tuple(found)
 
 
@@ -106,15 +106,17 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
         (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
         (f"{k}/advantage",),
     )  # fmt: skip
-    # both from the policy of iteration 0, on the same data, steps and seed: only the indicator differs
+    # all from the policy of iteration 0, on the same data, steps and seed: only what the labels do differs
     yield _policy(config, f"{k} recap", f"{k}/recap", k, "recap", config.finetune_steps, init="0/sft")
-    yield _policy(config, f"{k} imitation", f"{k}/imitation", k, "imitation", config.finetune_steps, init="0/sft")
+    for name in config.controls:
+        yield _policy(config, f"{k} {name}", f"{k}/{name}", k, name, config.finetune_steps, init="0/sft")
     guided = ("--guided",) if any(beta != 1.0 for beta in config.betas) else ()
     yield _export(f"{k} export", f"{k}/models", (f"{k}/recap", f"{k}/critic"), *guided)
-    yield _export(f"{k} export imitation", f"{k}/models-imitation", (f"{k}/imitation",))
+    for name in config.controls:
+        yield _export(f"{k} export {name}", f"{k}/models-{name}", (f"{k}/{name}",))
     for arm in arms(config, k):
         if arm.iteration == k:
-            yield _evaluate(config, arm, f"{k}/models-imitation" if arm.name == "imitation" else f"{k}/models")
+            yield _evaluate(config, arm, f"{k}/models" if arm.name == "recap" else f"{k}/models-{arm.name}")
 
 
 def _label_rules(config: LoopConfig) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ def _critic(config: LoopConfig, k: int, *, folds: int) -> Stage:
 
 
 def _policy(config: LoopConfig, name: str, out: str, k: int, mode: str, steps: int | None, init: str = "") -> Stage:
-    labels = f"{k}/advantage" if mode == "recap" else ""
+    labels = f"{k}/advantage" if mode != "imitation" else ""
     command: tuple[str, ...] = (
         "train",
         "policy",

@@ -15,6 +15,7 @@ def loop() -> LoopConfig:
         finetune_steps=2000,
         critic_steps=700,
         n=10,
+        controls=("imitation", "filtered"),
         # the scripted human often fails from a state the policy got into; such corrections are nothing to imitate
         interventions="successes",
         # an n-step advantage does not see that an episode failed, except at its end

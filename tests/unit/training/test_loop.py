@@ -130,7 +130,7 @@ class TestPlan:
             first = int(stage.command[stage.command.index("--first-seed") + 1])
             count = int(stage.command[stage.command.index("--episodes-per-task") + 1])
             seeds.setdefault(stage.command[0], []).append(range(first, first + count))
-        assert len(set(seeds["evaluate"])) == 1 and len(seeds["evaluate"]) == len(arms(config, 2)) == 7
+        assert len(set(seeds["evaluate"])) == 1 and len(seeds["evaluate"]) == len(arms(config, 2)) == 9
         every = [*seeds["collect"], seeds["evaluate"][0]]
         assert len(set().union(*every)) == sum(len(part) for part in every)
 

@@ -59,6 +59,14 @@ def test_recap_trains_on_the_labels_and_imitation_takes_all_as_positive(run):
     assert read_manifest(run / "sft").metrics["indicator_share"] == {"-1": 0.0, "0": 0.0, "1": 1.0}
 
 
+def test_the_filtered_control_trains_on_the_positive_frames_alone(run, tmp_path):
+    command = ["train", "policy", "--dataset", str(run / "dataset"), "--preset", "debug", "--steps", "2"]
+    labels = ["--mode", "filtered", "--labels", str(run / "advantage"), "--init", str(run / "sft")]
+    assert cli.main([*command, *labels, "--batch-size", "4", "--out", str(tmp_path / "filtered")]) == 0
+    positives = (load_labels(run / "advantage", open_dataset(run / "dataset")).indicator == 1).sum()
+    assert read_manifest(tmp_path / "filtered").metrics["epochs"] == pytest.approx(8 / positives)
+
+
 def test_checkpoint_loads_from_its_path_and_keeps_spec_and_statistics(run):
     from recap_model.policy.load import load_policy
 
