@@ -10,6 +10,8 @@ from training.dataset import open_dataset
 from training.labels import load_labels, load_returns, read_values
 from training.presets import loop_debug
 
+pytestmark = pytest.mark.timeout(1200)  # the fixture runs the whole circle
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
