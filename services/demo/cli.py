@@ -42,7 +42,7 @@ class DemoArgs:
     """Task names; default: all that the model was trained on."""
     drills: int = 6
     """Extra episodes at the end with scrambled motors: failures for the critic to recognise."""
-    beta: float = 1.0
+    beta: float = 1.75
     """Guidance strength; above 1 the repository must hold policy_guided."""
     execute: int = 4
     """Actions of a chunk that are carried out before the next is asked for."""
