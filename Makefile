@@ -4,7 +4,7 @@ SHELL := /bin/bash
 # offline: no test may need a model hub; one thread: two workers share two cores; the timeout ends a test that hangs
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/pytest -p no_skips --timeout 400
 
-demo: install-demo  ## install what serving and simulation need (no torch, < 1 GB) and run the demo: 3 minutes
+demo: install-demo  ## install what serving and simulation need (no torch, < 1 GB) and run the demo: 2 minutes
 	.venv-demo/bin/recap demo $(ARGS)
 
 test: install lint types  ## install everything, then lint, types, import rules and the test suite: 10 minutes on two cores
@@ -31,7 +31,7 @@ format: install  ## let ruff rewrite what it can
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-loop: install  ## the whole RECAP circle in simulation into runs/loop (90 minutes on two cores)
+loop: install  ## the whole RECAP circle in simulation into runs/loop (45 minutes on two cores)
 	.venv/bin/recap loop --out runs/loop $(ARGS)
 
 assets: install  ## rebuild assets/model_repository, the models that the demo serves

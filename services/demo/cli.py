@@ -37,14 +37,14 @@ class DemoArgs:
     """Model repository with a policy and a critic."""
     out: Path = Path("runs/demo")
     """Folder for report.html, video.mp4, demo.json and rollouts/*.mcap; an earlier demo in it is replaced."""
-    episodes: int = 24
+    episodes: int = 36
     tasks: tuple[str, ...] = ()
     """Task names; default: all that the model was trained on."""
     drills: int = 6
     """Extra episodes at the end with scrambled motors: failures for the critic to recognise."""
     beta: float = 1.75
     """Guidance strength; above 1 the repository must hold policy_guided."""
-    execute: int = 4
+    execute: int = 2
     """Actions of a chunk that are carried out before the next is asked for."""
 
 
