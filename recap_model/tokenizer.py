@@ -33,6 +33,13 @@ class TextTokenizer:
         padded[: len(ids)] = ids
         return padded, np.arange(self.max_tokens) < len(ids)
 
+    def unknown_words(self, text: str) -> tuple[str, ...]:
+        """Words of `text` that the vocabulary does not hold: the model reads nothing in their place."""
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        encoded = self.tokenizer.encode(text)
+        spans = zip(encoded.ids, encoded.offsets, strict=True)
+        return tuple(text[start:end] for token, (start, end) in spans if token == unknown)
+
     @property
     def vocabulary_size(self) -> int:
         return int(self.tokenizer.get_vocab_size())

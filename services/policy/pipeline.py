@@ -15,8 +15,11 @@ from recap_model.spec import PolicySpec
 from services.common.batcher import Batcher
 from services.common.engine import Engine, EngineError, load_engine
 from services.common.errors import ServiceError
+from services.common.logs import get_logger
 from services.common.observation import Observation, task_text
 from services.policy.session import Session
+
+log = get_logger("policy")
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
@@ -96,6 +99,13 @@ class PolicyPipeline:
         return inputs
 
     def _encode_positive(self, task: str) -> Tokens:
+        if unknown := self._tokenizer.unknown_words(task):  # cached above: said once a prompt, not once a request
+            log.warning(
+                "the model has never read some words of this prompt; the robot may do anything",
+                prompt=task,
+                unknown=", ".join(unknown),
+                known_tasks=list(self.spec.robot.tasks),
+            )
         return self._tokenizer(conditioning.positive_prompt(task))
 
     def _encode_unconditional(self, task: str) -> Tokens:
