@@ -194,7 +194,10 @@ def test_a_service_that_stops_reading_does_not_block_for_ever() -> None:
 
 
 def test_fleet_repeats_an_episode_that_starved(tmp_path: Path) -> None:
-    with ScriptedService(TOY_SPEC, script=lambda n: "drop" if n == 1 else "") as service:
+    def script(n: int) -> str:  # the whole first attempt after its first chunk: its reserve cannot bridge that
+        return "drop" if n and len(service.of_type("reset")) == 1 else ""
+
+    with ScriptedService(TOY_SPEC, script=script) as service:
         settings = FleetSettings("toy_robot:ToyRobot", {}, service.url, record=tmp_path)
         results = run_fleet([Job("right", 0), Job("right", 1)], settings)
     assert [(r.success, r.starved, r.steps) for r in results] == [(True, 0, 10)] * 2
