@@ -29,7 +29,8 @@ def test_comparison_draws_one_bar_an_arm(count: int) -> None:
         plots.Arm(f"arm {i}", plots.Interval(0.5, 0.4, 0.6), plots.Interval(9.0, 8.0, 11.0), highlight=i == 0)
         for i in range(count)
     ]
-    svg_text(plots.comparison(arms))
+    drawn = svg_text(plots.comparison(arms))
+    assert all(drawn.count(f"<!-- arm {i} -->") == 1 for i in range(count))
     svg_text(plots.comparison([plots.Arm("only success", plots.Interval(1.0, 0.9, 1.0))]))
 
 
@@ -50,7 +51,8 @@ def test_plots_accept_the_smallest_input() -> None:
 
 def test_audit_bars_count_all_frames() -> None:
     row = {"task": "t", "demonstration": False, "intervention": True, "success": False, "positive": 0, "frames": 0}
-    svg_text(plots.audit_bars([row, {**row, "positive": 3, "frames": 4}]))
+    drawn = svg_text(plots.audit_bars([row, {**row, "positive": 3, "frames": 4}]))
+    assert "<!--  0% -->" in drawn and "<!--  75% -->" in drawn
 
 
 @pytest.mark.parametrize("steps", [1, 3, 12])
