@@ -51,7 +51,7 @@ def test_plots_accept_the_smallest_input() -> None:
 
 def test_audit_bars_count_all_frames() -> None:
     row = {"task": "t", "demonstration": False, "intervention": True, "success": False, "positive": 0, "frames": 0}
-    drawn = svg_text(plots.audit_bars([row, {**row, "positive": 3, "frames": 4}]))
+    drawn = svg_text(plots.audit_bars([row, {**row, "task": "u", "positive": 3, "frames": 4}]))
     assert "<!--  0% -->" in drawn and "<!--  75% -->" in drawn
 
 
