@@ -1,7 +1,8 @@
 """Per-dimension statistics and the pair normalize / unnormalize. numpy only.
 
-Modes: `mean_std` (x-mean)/std; `min_max` to [-1, 1]; `quantile` (1 % and 99 %) to [-1, 1]. A dimension without spread
-maps to 0 and comes back as its constant, so that `unnormalize(normalize(x)) == x` on the data the statistics came from.
+Modes: `mean_std` (x-mean)/std; `min_max` to [-1, 1]; `quantile` (1 % and 99 %) to [-1, 1]; `identity` leaves numbers
+alone. A dimension without spread maps to 0 and comes back as its constant whatever the model says, so that
+`unnormalize(normalize(x)) == x` on the data the statistics came from.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Mode = Literal["mean_std", "min_max", "quantile"]
-MODES: tuple[Mode, ...] = ("mean_std", "min_max", "quantile")
+Mode = Literal["mean_std", "min_max", "quantile", "identity"]
+MODES: tuple[Mode, ...] = ("mean_std", "min_max", "quantile", "identity")
 _EPS = 1e-8
 
 
@@ -45,9 +46,17 @@ class NormStats:
             shift, scale = (self.max + self.min) / 2, (self.max - self.min) / 2
         elif mode == "quantile":
             shift, scale = (self.q99 + self.q01) / 2, (self.q99 - self.q01) / 2
+        elif mode == "identity":
+            shift, scale = np.zeros_like(self.mean), np.ones_like(self.mean)
         else:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         return shift, np.where(scale > _EPS, scale, 1.0)
+
+    def gain(self, mode: Mode) -> NDArray[np.float64]:
+        """[D]: what `unnormalize` multiplies by: the scale, and 0 for a dimension without spread."""
+        scale = self.affine(mode)[1]
+        spread = {"mean_std": self.std, "min_max": self.max - self.min, "quantile": self.q99 - self.q01}
+        return np.where(spread.get(mode, scale) > _EPS, scale, 0.0)
 
     def to_json(self) -> dict[str, list[float]]:
         return {key: getattr(self, key).tolist() for key in ("mean", "std", "min", "max", "q01", "q99")}
@@ -65,5 +74,4 @@ def normalize(x: NDArray[Any], stats: NormStats, mode: Mode) -> NDArray[np.float
 
 def unnormalize(x: NDArray[Any], stats: NormStats, mode: Mode) -> NDArray[np.float32]:
     """Inverse of `normalize`."""
-    shift, scale = stats.affine(mode)
-    return (x * scale + shift).astype(np.float32)
+    return (x * stats.gain(mode) + stats.affine(mode)[0]).astype(np.float32)

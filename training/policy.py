@@ -102,7 +102,8 @@ def policy_loss(policy: Policy, batch: Batch, draws: int, generator: torch.Gener
     time = flow.sample_time(len(actions), generator).to(actions.device)
     noisy, target = flow.interpolate(actions, noise, time)
     valid = put(batch.valid).repeat_interleave(draws, 0)
-    return flow.loss(policy.velocity(noisy, time, prefix), target, valid)
+    own = slice(policy.config.action_dim)  # what pads the action to the model's width is nothing to learn
+    return flow.loss(policy.velocity(noisy, time, prefix)[..., own], target[..., own], valid)
 
 
 def with_indicator(table: FrameTable, mode: Mode) -> FrameTable:

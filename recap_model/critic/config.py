@@ -22,6 +22,12 @@ class CriticConfig:
     dropout: float = 0.2
     state_norm: Mode = "mean_std"
     family: str = "smolvla"
+    frame: tuple[int, int] | None = None
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) of the camera frames [px]."""
+        return self.frame or (self.vision.image_size, self.vision.image_size)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -29,6 +35,8 @@ class CriticConfig:
     @staticmethod
     def from_json(data: dict[str, Any]) -> "CriticConfig":
         data = dict(data)
+        if data.get("frame") is not None:
+            data["frame"] = tuple(data["frame"])
         return CriticConfig(
             vision=vision_from_json(data.pop("vision")), language=LanguageConfig(**data.pop("language")), **data
         )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from recap_model.critic.config import CriticConfig
 from recap_model.normalize import NormStats
 from recap_model.policy.language import LanguageModel, prefix_mask
-from recap_model.policy.vision import ConvTower, encode_cameras
+from recap_model.policy.vision import encode_cameras, make_tower
 
 
 class Critic(nn.Module):
@@ -21,7 +21,7 @@ class Critic(nn.Module):
         super().__init__()
         self.config = config
         width = config.language.width
-        self.vision = ConvTower(config.vision, width)
+        self.vision = make_tower(config.vision, width, config.frame_size)
         self.language = LanguageModel(config.language)
         self.state_in = nn.Linear(config.state_dim, width)
         self.readout = nn.Parameter(0.02 * torch.randn(width))
@@ -45,7 +45,7 @@ class Critic(nn.Module):
         one = torch.ones_like(token_mask[:, :1])
         pad = torch.cat([torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool), token_mask, one, one], dim=1)
         mask, positions = prefix_mask(pad)
-        x, _ = self.language(x, mask, positions, full=True)
+        x, _ = self.language(x, mask, positions)
         return self.head(F.dropout(self.norm(x[:, -1]), self.config.dropout, self.training))
 
     def forward(self, images: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,11 @@ def loss(velocity: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 def integrate(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, steps: int) -> Tensor:
     """Euler from noise (time 1) to data (time 0) in `steps` equal steps; accumulates in fp32."""
     x = noise.float()
-    for i in range(steps):
-        x = x - velocity(x, 1.0 - i / steps).float() / steps
+    for time in times(steps):
+        x = x + velocity(x, time).float() * (-1.0 / steps)
     return x
+
+
+def times(steps: int) -> tuple[float, ...]:
+    """The noise levels at which `integrate` asks for the velocity: 1, 1 - 1/steps, ..., 1/steps."""
+    return tuple(1.0 + i * (-1.0 / steps) for i in range(steps))

@@ -82,23 +82,30 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, config.width)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(config.width, config.intermediate, config) for _ in range(config.layers))
+        if config.head:
+            self.norm = nn.RMSNorm(config.width, eps=1e-5)
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+            for module in (self.norm, self.head):
+                module.requires_grad_(False)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """int [B, L] -> [B, L, width], scaled by sqrt(width) as SmolVLA does."""
         return self.embed(tokens.long()) * self.config.width**0.5
 
-    def forward(self, x: Tensor, mask: Tensor, positions: Tensor, *, full: bool) -> tuple[Tensor, KeyValues]:
+    def forward(
+        self, x: Tensor, mask: Tensor, positions: Tensor, *, stop: int | None = None
+    ) -> tuple[Tensor, KeyValues]:
         """x [B, P, width], mask [B, P, P], positions [B, P] -> (hidden states, keys and values of each layer).
 
-        Keys and values are [B, P, kv_heads, head_dim], rotated. With full=False the last layer stops at its keys and
-        values: nothing else of it reaches the action expert.
+        Keys and values are [B, P, kv_heads, head_dim], rotated. With `stop`, layer stop - 1 is the last one and ends at
+        its keys and values: nothing behind them reaches the action expert.
         """
         cache: KeyValues = []
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers[:stop]:
             h = layer.input_norm(x)
             k, v = rope(layer.heads(layer.k(h)), positions), layer.heads(layer.v(h))
             cache.append((k, v))
-            if full or i + 1 < len(self.layers):
+            if len(cache) != stop:
                 q = rope(layer.heads(layer.q(h)), positions)
                 x = layer.finish(x, attend(q, k, v, mask))
         return x, cache

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recap_model.guidance import combine
 from recap_model.normalize import NormStats
@@ -11,7 +12,7 @@ from recap_model.policy import flow
 from recap_model.policy.config import PolicyConfig
 from recap_model.policy.expert import ActionExpert
 from recap_model.policy.language import KeyValues, LanguageModel, prefix_mask
-from recap_model.policy.vision import ConvTower, encode_cameras
+from recap_model.policy.vision import encode_cameras, make_tower
 
 
 @dataclass(frozen=True)
@@ -34,52 +35,87 @@ class Policy(nn.Module):
     state_scale: Tensor
     action_shift: Tensor
     action_scale: Tensor
+    action_gain: Tensor
 
     def __init__(self, config: PolicyConfig, stats: dict[str, NormStats]) -> None:
         """stats: "state" and "action" statistics of the training data."""
         super().__init__()
         self.config = config
-        self.vision = ConvTower(config.vision, config.language.width)
+        self.vision = make_tower(config.vision, config.language.width, config.frame_size)
         self.language = LanguageModel(config.language)
-        self.state_in = nn.Linear(config.state_dim, config.language.width)
-        self.expert = ActionExpert(config.expert, config.language, config.action_dim)
+        self.state_in = nn.Linear(config.padded_state, config.language.width)
+        self.expert = ActionExpert(config.expert, config.language, config.padded_action)
         modes = {"state": config.state_norm, "action": config.action_norm}
         for name, mode in modes.items():
             shift, scale = stats[name].affine(mode)
             self.register_buffer(f"{name}_shift", torch.tensor(shift, dtype=torch.float32), persistent=False)
             self.register_buffer(f"{name}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
+        gain = torch.tensor(stats["action"].gain(config.action_norm), dtype=torch.float32)
+        self.register_buffer("action_gain", gain, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return (actions - self.action_shift) / self.action_scale
+        """Physical units [B, T, A] -> normalised and padded to the model's width [B, T, padded]."""
+        return _pad((actions - self.action_shift) / self.action_scale, self.config.padded_action)
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor:
+        """Inverse of `normalize_actions`: the padding is cut off."""
+        return actions[..., : self.config.action_dim] * self.action_gain + self.action_shift
+
+    def embed_state(self, state: Tensor) -> Tensor:
+        """[B, S] in physical units -> one token [B, 1, width]."""
+        return self.state_in(_pad((state - self.state_shift) / self.state_scale, self.config.padded_state))[:, None, :]
 
     def see(self, images: Tensor) -> Tensor:
         """uint8 [B, K, H, W, 3] -> image tokens [B, K * tokens, width]."""
         return encode_cameras(self.vision, images)
 
+    def surround(self, image_tokens: Tensor) -> Tensor:
+        """Put the special tokens around every camera's tokens, where the model was trained with them.
+
+        Of a camera that is missing only its special tokens stay: the rest would be masked from everything."""
+        if self.config.image_tokens is None:
+            return image_tokens
+        fake, start = self.language.embed(torch.tensor(self.config.image_tokens, device=image_tokens.device))
+        shape = (image_tokens.shape[0], self.config.cameras, -1, image_tokens.shape[2])
+        cameras = image_tokens.reshape(shape)
+        opening = torch.stack([fake, start]).expand(*shape[:2], 2, -1)
+        closing = fake.expand(*shape[:2], 1, -1)
+        parts = [torch.cat([opening, cameras, closing], dim=2).flatten(1, 2)]
+        parts += [opening[:, 0], closing[:, 0]] * self.config.empty_cameras
+        return torch.cat(parts, dim=1)
+
+    def embed_prefix(
+        self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> (embeddings [B, P, width], pad bool [B, P]); arguments as for `read`."""
+        seen = self.surround(image_tokens)
+        x = torch.cat([seen, self.language.embed_text(tokens), self.embed_state(state)], dim=1)
+        pad = torch.cat(
+            [torch.ones_like(seen[:, :, 0], dtype=torch.bool), token_mask, torch.ones_like(token_mask[:, :1])], dim=1
+        )
+        return x, pad
+
     def read(self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
         """image tokens, state [B, S] (physical units), prompt ids [B, L] and mask [B, L] -> Prefix."""
-        state_token = self.state_in((state - self.state_shift) / self.state_scale)[:, None, :]
-        x = torch.cat([image_tokens, self.language.embed_text(tokens), state_token], dim=1)
-        seen = torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool)
-        pad = torch.cat([seen, token_mask, torch.ones_like(token_mask[:, :1])], dim=1)
+        x, pad = self.embed_prefix(image_tokens, state, tokens, token_mask)
         mask, positions = prefix_mask(pad)
-        _, cache = self.language(x, mask, positions, full=False)
+        _, cache = self.language(x, mask, positions, stop=self.expert.depth)
         return Prefix(self.expert.prefix_keys(cache), pad)
 
     def velocity(self, actions: Tensor, time: Tensor, prefix: Prefix) -> Tensor:
-        """Normalised noisy actions [B, T, A] at time [B] -> velocity [B, T, A]."""
+        """Normalised noisy actions [B, T, padded] at time [B] -> velocity [B, T, padded]."""
         return self.expert(actions, time, prefix.keys, prefix.pad)
 
     def sample_actions(
         self, images: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor, noise: Tensor
     ) -> Tensor:
-        """One chunk per sample, in physical units [B, T, A]. noise [B, T, A] is an argument, so that every engine can
-        be compared with this one exactly."""
+        """One chunk per sample, in physical units [B, T, A]. noise [B, T, padded] is an argument, so that every engine
+        can be compared with this one exactly."""
         prefix = self.read(self.see(images), state, tokens, token_mask)
         x = flow.integrate(
             lambda x, t: self.velocity(x, torch.full_like(x[:, 0, 0], t), prefix), noise, self.config.denoise_steps
         )
-        return x * self.action_scale + self.action_shift
+        return self.unnormalize_actions(x)
 
     def sample_actions_guided(
         self,
@@ -108,7 +144,12 @@ class Policy(nn.Module):
             return combine(conditional, unconditional, beta[:, None, None])
 
         x = flow.integrate(guided, noise, self.config.denoise_steps)
-        return x * self.action_scale + self.action_shift
+        return self.unnormalize_actions(x)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    """Zeros behind the last dimension up to `width`."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 def _pair(first: Tensor, second: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from recap_model.policy.config import ExpertConfig, LanguageConfig, VisionConfig
+from recap_model.policy.config import ConvConfig, ExpertConfig, LanguageConfig
 from training.presets import tiny
 from training.settings import CriticSettings, PolicySettings
 
@@ -11,7 +11,7 @@ def policy() -> PolicySettings:
     base = tiny.policy()
     return replace(
         base,
-        vision=VisionConfig(channels=(8, 16, 16, 32)),
+        vision=ConvConfig(channels=(8, 16, 16, 32)),
         language=LanguageConfig(width=32, heads=2, kv_heads=1, head_dim=16, intermediate=64),
         expert=ExpertConfig(width=24, intermediate=48),
         denoise_steps=3,
@@ -23,7 +23,7 @@ def critic() -> CriticSettings:
     base = tiny.critic()
     return replace(
         base,
-        vision=VisionConfig(channels=(8, 16, 16, 32)),
+        vision=ConvConfig(channels=(8, 16, 16, 32)),
         language=LanguageConfig(width=32, heads=2, kv_heads=1, head_dim=16, intermediate=64),
         fit=replace(base.fit, steps=40, batch_size=16, save_every=20, log_every=5),
     )

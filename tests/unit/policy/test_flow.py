@@ -35,3 +35,7 @@ def test_time_is_beta_distributed():
     time = flow.sample_time(20_000, torch.Generator().manual_seed(0)).numpy()
     assert time.min() >= 0.001 and time.max() <= 1.0
     assert kstest((time - 0.001) / 0.999, beta(flow.BETA_A, flow.BETA_B).cdf).pvalue > 0.01
+
+
+def test_times_are_lerobots():
+    assert flow.times(10) == tuple(1.0 + step * (-1.0 / 10) for step in range(10))

@@ -48,7 +48,7 @@ def test_a_sample_does_not_depend_on_its_batch(policy):
 
 
 def test_state_is_seen_by_nobody_before_it(policy):
-    """With full=True the hidden states of images and text are the same whatever the state is."""
+    """The hidden states of images and text are the same whatever the state is."""
     x = inputs(1)
     hidden = []
     for state in (x["state"], x["state"] + 5):
@@ -57,7 +57,7 @@ def test_state_is_seen_by_nobody_before_it(policy):
         stream = torch.cat([image_tokens, policy.language.embed_text(x["tokens"]), token], 1)
         pad = torch.cat([torch.ones(1, image_tokens.shape[1]).bool(), x["token_mask"], torch.ones(1, 1).bool()], 1)
         mask, positions = prefix_mask(pad)
-        hidden.append(policy.language(stream, mask, positions, full=True)[0])
+        hidden.append(policy.language(stream, mask, positions)[0])
     real = pad.clone()
     real[:, -1] = False
     assert torch.equal(hidden[0][real], hidden[1][real])

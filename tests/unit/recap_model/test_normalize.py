@@ -30,7 +30,7 @@ def test_min_max_fills_the_unit_range_and_mean_std_is_centred(values):
     np.testing.assert_allclose(normalize(values, stats, "mean_std").mean(0)[spread], 0, atol=1e-2)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "identity"])
 def test_a_dimension_without_spread_is_zero_and_comes_back(mode):
     values = np.column_stack([np.full(10, 3.25), np.arange(10.0)])
     stats = NormStats.of(values)
@@ -38,6 +38,7 @@ def test_a_dimension_without_spread_is_zero_and_comes_back(mode):
     assert np.isfinite(scaled).all()
     np.testing.assert_allclose(scaled[:, 0], 0, atol=1e-6)
     np.testing.assert_allclose(unnormalize(scaled, stats, mode)[:, 0], 3.25)
+    np.testing.assert_allclose(unnormalize(scaled + 1, stats, mode)[:, 0], 3.25)  # whatever the model says
 
 
 @given(values=data)
