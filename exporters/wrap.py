@@ -1,7 +1,7 @@
 """Checkpoint -> the functions that are exported: positional tensors in, tensors out, with names and example shapes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,20 @@ from recap_model.conditioning import positive_prompt, unconditional_prompt
 from recap_model.critic.load import load_critic
 from recap_model.manifest import read_manifest
 from recap_model.policy.load import load_policy
+from recap_model.policy.model import Policy
+from recap_model.policy.static import OBSERVATION, GraphOptions, StaticPolicy
+from recap_model.rtc import guidance_weights, prefix_weights
 from recap_model.spec import PolicySpec
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One model to export. name: folder in the model repository. example(batch, seed): named inputs, seeded."""
+    """One model to export. name: folder in the model repository. module: what is exported; reference: what it must
+    equal, called with the same tensors in order. example(batch, seed): named inputs, seeded."""
 
     name: str
     module: nn.Module
+    reference: Callable[..., Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     files: CheckpointFiles
@@ -32,43 +37,53 @@ class Graph:
     def run(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The torch answer to named numpy inputs."""
         with torch.no_grad():
-            answer = self.module(*(torch.from_numpy(inputs[name]) for name in self.inputs))
+            answer = self.reference(*(torch.from_numpy(inputs[name]) for name in self.inputs))
         answer = (answer,) if isinstance(answer, Tensor) else answer
         return {name: value.numpy() for name, value in zip(self.outputs, answer, strict=True)}
 
 
-class _Call(nn.Module):
-    """Makes one method of a module its forward."""
+def _guided(policy: Policy) -> Callable[..., Tensor]:
+    """`Policy.sample_actions_guided` with its arguments in the graph's order."""
 
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module, self.method = module, method
+    def call(*inputs: Tensor) -> Tensor:
+        return policy.sample_actions_guided(**dict(zip(GraphOptions(guided=True).inputs, inputs, strict=True)))
 
-    def forward(self, *args: Tensor) -> Any:
-        return getattr(self.module, self.method)(*args)
+    return call
 
 
-OBSERVATION = ("images", "state", "tokens", "token_mask")
+def load_graphs(
+    checkpoint: Path, *, guided: bool, rtc: bool = False, dtype: torch.dtype = torch.float32
+) -> list[Graph]:
+    """The graphs of a policy (`policy`, and `policy_guided` if asked) or critic (`critic`) checkpoint.
 
-
-def load_graphs(checkpoint: Path, *, guided: bool) -> list[Graph]:
-    """The graphs of a policy (`policy`, and `policy_guided` if asked) or critic (`critic`) checkpoint."""
+    rtc: with the inputs of real-time chunking. dtype: of the policy's matrix products.
+    """
     kind = read_manifest(checkpoint).kind
     if kind == "critic":
         critic, files = load_critic(checkpoint)
-        return [Graph("critic", critic, OBSERVATION, ("value", "probabilities"), files, _examples(files, OBSERVATION))]
+        examples = _examples(files, OBSERVATION, critic.config.state_dim)
+        return [Graph("critic", critic, critic, OBSERVATION, ("value", "probabilities"), files, examples)]
     policy, files = load_policy(checkpoint)
-    plain = (*OBSERVATION, "noise")
-    graphs = [Graph("policy", _Call(policy, "sample_actions"), plain, ("actions",), files, _examples(files, plain))]
+    wanted = [("policy", GraphOptions(rtc=rtc, dtype=dtype))]
     if guided:
-        names = (*OBSERVATION, "unconditional_tokens", "unconditional_mask", "beta", "noise")
-        module = _Call(policy, "sample_actions_guided")
-        graphs.append(Graph("policy_guided", module, names, ("actions",), files, _examples(files, names)))
-    return graphs
+        wanted.append(("policy_guided", GraphOptions(guided=True, rtc=rtc, dtype=dtype)))
+    return [policy_graph(name, policy, options, files) for name, options in wanted]
 
 
-def _examples(files: CheckpointFiles, names: tuple[str, ...]) -> Callable[[int, int], dict[str, NDArray[Any]]]:
-    """Seeded inputs of any batch size: random frames, states around the data's mean, real prompts."""
+def policy_graph(name: str, policy: Policy, options: GraphOptions, files: CheckpointFiles) -> Graph:
+    """One graph of a policy. With real-time chunking the reference is the same graph in fp32: `Policy` has none."""
+    if options.rtc:
+        reference: Callable[..., Any] = StaticPolicy(policy, replace(options, dtype=torch.float32)).eval()
+    else:
+        reference = _guided(policy) if options.guided else policy.sample_actions
+    examples = _examples(files, options.inputs, policy.config.padded_action)
+    return Graph(name, StaticPolicy(policy, options).eval(), reference, options.inputs, ("actions",), files, examples)
+
+
+def _examples(
+    files: CheckpointFiles, names: tuple[str, ...], width: int
+) -> Callable[[int, int], dict[str, NDArray[Any]]]:
+    """Seeded inputs of any batch size: random frames, states around the data's mean, real prompts. width: of the noise."""
     robot = files.spec.robot
     mean, std = files.stats["state"].mean, files.stats["state"].std
 
@@ -89,8 +104,22 @@ def _examples(files: CheckpointFiles, names: tuple[str, ...]) -> Callable[[int, 
             "beta": rng.uniform(1.0, 2.5, batch).astype(np.float32),
         }
         if isinstance(files.spec, PolicySpec):
-            size = (batch, files.spec.chunk, len(robot.action))
-            every["noise"] = rng.normal(size=size).astype(np.float32)
+            chunk = files.spec.chunk
+            every["noise"] = rng.normal(size=(batch, chunk, width)).astype(np.float32)
+            if "previous" in names:
+                every |= _chunking(rng, batch, chunk, files)
         return {name: every[name] for name in names}
 
     return make
+
+
+def _chunking(rng: np.random.Generator, batch: int, chunk: int, files: CheckpointFiles) -> dict[str, NDArray[Any]]:
+    """A previous chunk around the data's mean, held to over half of the chunk."""
+    action, steps = files.stats["action"], files.config["denoise_steps"]
+    previous = action.mean + action.std * rng.normal(size=(batch, chunk, len(action.mean)))
+    weights = [prefix_weights(int(rng.integers(0, chunk)), max(chunk // 2, 1), chunk) for _ in range(batch)]
+    return {
+        "previous": previous.astype(np.float32),
+        "prefix_weights": np.stack(weights),
+        "guidance_weights": np.tile(guidance_weights(steps), (batch, 1)),
+    }

@@ -149,6 +149,12 @@ class PolicyConfig:
     def padded_action(self) -> int:
         return self.action_width or self.action_dim
 
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first action: images with what stands around them, text, state."""
+        around = 0 if self.image_tokens is None else 3
+        return self.cameras * (self.vision.tokens + around) + self.empty_cameras * around + self.max_tokens + 1
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

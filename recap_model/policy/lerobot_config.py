@@ -246,11 +246,23 @@ def _require_supported(config: dict[str, Any]) -> None:
     if wrong:
         expected = {k: _UNSUPPORTED[k] for k in wrong}
         raise PolicyConfigError(f"config.json: expected {expected}, got {wrong}: not supported here")
-    needed = (
-        "num_vlm_layers expert_width_multiplier num_expert_layers normalization_mapping chunk_size empty_cameras "
-        "self_attn_every_n_layers attention_mode min_period max_period tokenizer_max_length num_steps max_state_dim "
-        "max_action_dim add_image_special_tokens"
-    ).split()
+    needed = [
+        "num_vlm_layers",
+        "expert_width_multiplier",
+        "num_expert_layers",
+        "normalization_mapping",
+        "chunk_size",
+        "empty_cameras",
+        "self_attn_every_n_layers",
+        "attention_mode",
+        "min_period",
+        "max_period",
+        "tokenizer_max_length",
+        "num_steps",
+        "max_state_dim",
+        "max_action_dim",
+        "add_image_special_tokens",
+    ]
     missing = [key for key in needed if key not in config]
     if missing:
         raise PolicyConfigError(f"config.json: expected the keys of LeRobot's SmolVLAConfig, got none of {missing}")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recap_model.guidance import combine
 from recap_model.normalize import NormStats
@@ -12,6 +11,7 @@ from recap_model.policy import flow
 from recap_model.policy.config import PolicyConfig
 from recap_model.policy.expert import ActionExpert
 from recap_model.policy.language import KeyValues, LanguageModel, prefix_mask
+from recap_model.policy.scaling import Scaling, surround
 from recap_model.policy.vision import encode_cameras, make_tower
 
 
@@ -31,65 +31,35 @@ class Prefix:
 class Policy(nn.Module):
     """Vision tower, prefix transformer, action expert."""
 
-    state_shift: Tensor
-    state_scale: Tensor
-    action_shift: Tensor
-    action_scale: Tensor
-    action_gain: Tensor
-
     def __init__(self, config: PolicyConfig, stats: dict[str, NormStats]) -> None:
         """stats: "state" and "action" statistics of the training data."""
         super().__init__()
         self.config = config
+        self.scaling = Scaling(config, stats)
         self.vision = make_tower(config.vision, config.language.width, config.frame_size)
         self.language = LanguageModel(config.language)
         self.state_in = nn.Linear(config.padded_state, config.language.width)
         self.expert = ActionExpert(config.expert, config.language, config.padded_action)
-        modes = {"state": config.state_norm, "action": config.action_norm}
-        for name, mode in modes.items():
-            shift, scale = stats[name].affine(mode)
-            self.register_buffer(f"{name}_shift", torch.tensor(shift, dtype=torch.float32), persistent=False)
-            self.register_buffer(f"{name}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
-        gain = torch.tensor(stats["action"].gain(config.action_norm), dtype=torch.float32)
-        self.register_buffer("action_gain", gain, persistent=False)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Physical units [B, T, A] -> normalised and padded to the model's width [B, T, padded]."""
-        return _pad((actions - self.action_shift) / self.action_scale, self.config.padded_action)
+        return self.scaling.actions(actions)
 
-    def unnormalize_actions(self, actions: Tensor) -> Tensor:
-        """Inverse of `normalize_actions`: the padding is cut off."""
-        return actions[..., : self.config.action_dim] * self.action_gain + self.action_shift
-
-    def embed_state(self, state: Tensor) -> Tensor:
-        """[B, S] in physical units -> one token [B, 1, width]."""
-        return self.state_in(_pad((state - self.state_shift) / self.state_scale, self.config.padded_state))[:, None, :]
+    def special_tokens(self) -> Tensor | None:
+        """Embeddings [2, width] of what stands around every camera's tokens, or None."""
+        return None if self.config.image_tokens is None else self.language.embed.weight[list(self.config.image_tokens)]
 
     def see(self, images: Tensor) -> Tensor:
         """uint8 [B, K, H, W, 3] -> image tokens [B, K * tokens, width]."""
         return encode_cameras(self.vision, images)
 
-    def surround(self, image_tokens: Tensor) -> Tensor:
-        """Put the special tokens around every camera's tokens, where the model was trained with them.
-
-        Of a camera that is missing only its special tokens stay: the rest would be masked from everything."""
-        if self.config.image_tokens is None:
-            return image_tokens
-        fake, start = self.language.embed(torch.tensor(self.config.image_tokens, device=image_tokens.device))
-        shape = (image_tokens.shape[0], self.config.cameras, -1, image_tokens.shape[2])
-        cameras = image_tokens.reshape(shape)
-        opening = torch.stack([fake, start]).expand(*shape[:2], 2, -1)
-        closing = fake.expand(*shape[:2], 1, -1)
-        parts = [torch.cat([opening, cameras, closing], dim=2).flatten(1, 2)]
-        parts += [opening[:, 0], closing[:, 0]] * self.config.empty_cameras
-        return torch.cat(parts, dim=1)
-
     def embed_prefix(
         self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """-> (embeddings [B, P, width], pad bool [B, P]); arguments as for `read`."""
-        seen = self.surround(image_tokens)
-        x = torch.cat([seen, self.language.embed_text(tokens), self.embed_state(state)], dim=1)
+        seen = surround(image_tokens, self.special_tokens(), self.config)
+        state_token = self.state_in(self.scaling.state(state))[:, None, :]
+        x = torch.cat([seen, self.language.embed_text(tokens), state_token], dim=1)
         pad = torch.cat(
             [torch.ones_like(seen[:, :, 0], dtype=torch.bool), token_mask, torch.ones_like(token_mask[:, :1])], dim=1
         )
@@ -115,7 +85,7 @@ class Policy(nn.Module):
         x = flow.integrate(
             lambda x, t: self.velocity(x, torch.full_like(x[:, 0, 0], t), prefix), noise, self.config.denoise_steps
         )
-        return self.unnormalize_actions(x)
+        return self.scaling.physical(x)
 
     def sample_actions_guided(
         self,
@@ -131,28 +101,23 @@ class Policy(nn.Module):
         """As `sample_actions` with guidance beta [B]: both branches as one batch that shares the image tokens."""
         image_tokens = self.see(images)
         prefix = self.read(
-            _pair(image_tokens, image_tokens),
-            _pair(state, state),
-            _pair(tokens, unconditional_tokens),
-            _pair(token_mask, unconditional_mask),
+            pair(image_tokens, image_tokens),
+            pair(state, state),
+            pair(tokens, unconditional_tokens),
+            pair(token_mask, unconditional_mask),
         )
 
         def guided(x: Tensor, t: float) -> Tensor:
-            both = _pair(x, x)
+            both = pair(x, x)
             v = self.velocity(both, torch.full_like(both[:, 0, 0], t), prefix)
             conditional, unconditional = v.unflatten(0, (2, -1)).unbind(0)
             return combine(conditional, unconditional, beta[:, None, None])
 
         x = flow.integrate(guided, noise, self.config.denoise_steps)
-        return self.unnormalize_actions(x)
+        return self.scaling.physical(x)
 
 
-def _pad(x: Tensor, width: int) -> Tensor:
-    """Zeros behind the last dimension up to `width`."""
-    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-
-
-def _pair(first: Tensor, second: Tensor) -> Tensor:
+def pair(first: Tensor, second: Tensor) -> Tensor:
     """Two [B, ...] as one [2B, ...]. Stacked rather than concatenated: torch.export then knows that the sizes are equal
     and keeps the batch dimension symbolic."""
     return torch.stack([first, second]).flatten(0, 1)
