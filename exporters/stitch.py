@@ -35,14 +35,17 @@ def unroll(
     """
     steps = len(next(iter(constants.values())))
     nodes = list(before.graph.node)
-    weights = {item.name: item for item in before.graph.initializer}
-    for part, prefix in ((step, "step."), (after, "after.")):
+    weights: dict[str, onnx.TensorProto] = {}
+    shared: dict[str, dict[str, str]] = {}  # part -> its weights' names: one copy for all steps
+    for part, prefix in ((before, ""), (step, "step."), (after, "after.")):
         _require_flat(part)
-        weights |= {prefix + item.name: _renamed(item, prefix + item.name) for item in part.graph.initializer}
-    _require_flat(before)
+        shared[prefix] = {item.name: prefix + item.name for item in part.graph.initializer}
+        for item in part.graph.initializer:
+            item.name = prefix + item.name
+            weights[item.name] = item
     carried = state
     for i in range(steps):
-        names = {item.name: "step." + item.name for item in step.graph.initializer}
+        names = dict(shared["step."])
         names[step.graph.input[0].name] = carried
         for name, values in constants.items():
             names[name] = f"{name}.{i}"
@@ -54,14 +57,13 @@ def unroll(
             nodes.append(helper.make_node("Gather", [source, index], [names[name]], name=f"pick {names[name]}", axis=1))
         nodes += _copies(step.graph.node, names, f"step{i}.")
         carried = names.get(step.graph.output[0].name, f"step{i}." + step.graph.output[0].name)
-    names = {item.name: "after." + item.name for item in after.graph.initializer}
-    names |= {after.graph.input[0].name: carried, after.graph.output[0].name: result}
+    names = shared["after."] | {after.graph.input[0].name: carried, after.graph.output[0].name: result}
     nodes += _copies(after.graph.node, names, "after.")
-    values = {item.name: item for part in (before, step) for item in part.graph.input}
+    known = {item.name: item for part in (before, step) for item in part.graph.input}
     graph = helper.make_graph(
         nodes,
         before.graph.name,
-        [_value(values, name) for name in inputs],
+        [_value(known, name) for name in inputs],
         [after.graph.output[0]],
         list(weights.values()),
     )
@@ -89,11 +91,6 @@ def _copies(nodes: Iterable[NodeProto], names: dict[str, str], prefix: str) -> l
             copy.output[i] = names.setdefault(name, prefix + name) if name else name
         copies.append(copy)
     return copies
-
-
-def _renamed(item: onnx.TensorProto, name: str) -> onnx.TensorProto:
-    item.name = name
-    return item
 
 
 def _require_flat(model: ModelProto) -> None:

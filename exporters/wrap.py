@@ -83,7 +83,7 @@ def policy_graph(name: str, policy: Policy, options: GraphOptions, files: Checkp
 def _examples(
     files: CheckpointFiles, names: tuple[str, ...], width: int
 ) -> Callable[[int, int], dict[str, NDArray[Any]]]:
-    """Seeded inputs of any batch size: random frames, states around the data's mean, real prompts. width: of the noise."""
+    """Seeded inputs of any batch size: random frames, states around the data's mean, real prompts; noise of `width`."""
     robot = files.spec.robot
     mean, std = files.stats["state"].mean, files.stats["state"].std
 

@@ -176,11 +176,12 @@ class StaticPolicy(nn.Module):
         text = self.embedding[tokens.long()].to(seen.dtype)
         state_token = self.state_in(self.scaling.state(state))[:, None, :]
         x = torch.cat([seen, text, state_token], dim=1)
-        pad = torch.cat([_all_true(seen), token_mask, torch.ones_like(token_mask[:, :1])], 1)
+        one = torch.ones_like(token_mask[:, :1])
+        pad = torch.cat([torch.ones_like(seen[:, :, 0], dtype=torch.bool), token_mask, one], dim=1)
         count = pad.to(torch.int64).cumsum(1)
         table = self.rope[count - 1]
         hidden = torch.where(pad, 0.0, MASKED)[:, None, None, :]
-        # the state is the last position and seen by itself alone; rows of padding see as text does, and nobody sees them
+        # the state is the last position, seen by itself alone; rows of padding see as text does, and are never seen
         last = torch.arange(x.shape[1], device=x.device) == x.shape[1] - 1
         bias = hidden + torch.where(last[None, :] & ~last[:, None], MASKED, 0.0)[None, None]
         cache: list[tuple[Tensor, Tensor]] = []
@@ -212,7 +213,7 @@ class StaticPolicy(nn.Module):
         return keys
 
     def velocity(self, x: Tensor, time_bias: Tensor, prefix: StaticPrefix) -> Tensor:
-        """Noisy actions [B, T, padded] and what the noise level adds [width] -> velocity fp32; [2B, T, padded] for a prefix of 2B samples."""
+        """Noisy actions [B, T, padded], what the noise level adds [width] -> velocity fp32; rows as in the prefix."""
         h = self.time_out(F.silu(self.action_in(x) + time_bias)).float()
         if self.options.guided:
             h = pair(h, h)

@@ -102,7 +102,7 @@ class StaticSiglipLayer(nn.Module):
 
 
 class StaticSiglip(nn.Module):
-    """uint8 frames [N, H, W, 3] -> tokens fp32 [N, tokens, out]; pixel scaling and positions are part of the weights."""
+    """uint8 frames [N, H, W, 3] -> tokens fp32 [N, tokens, out]; scaling and positions are part of the weights."""
 
     rows: Tensor
     columns: Tensor
@@ -118,7 +118,8 @@ class StaticSiglip(nn.Module):
         self.patch = Dense(weight * (2.0 / 255.0), None, dtype)
         bias = tower.patch.bias - weight.sum(1)
         self.register_buffer("position", (tower.position[tower.position_ids] + bias).detach().float())
-        self.layers = nn.ModuleList(StaticSiglipLayer(layer, dtype, how) for layer in tower.layers)  # type: ignore[arg-type]
+        layers = (StaticSiglipLayer(layer, dtype, how) for layer in tower.layers)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(layers)
         self.norm = tower.norm
         self.connector = Dense(tower.connector.weight * tower.out**0.5, None, dtype)
 
