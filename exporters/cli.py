@@ -1,6 +1,6 @@
 """`recap export`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,25 +15,32 @@ class ExportArgs:
     """Policy and critic checkpoint folders."""
     out: Path
     """Model repository. A critic in it is kept when a policy is exported, and the other way round."""
-    target: Literal["onnx"] = "onnx"
+    target: Literal["onnx", "torch", "tensorrt"] = "onnx"
+    """onnx: for `recap serve` and Triton. torch: for `recap serve --engine torch`. tensorrt: a plan for this machine's
+    GPU."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of the policy's matrix products: fp16 for GPUs, int8 for CPUs (look at the error it prints)."""
     guided: bool = False
     """Also export `policy_guided`, which serves classifier-free guidance (beta > 1)."""
-    max_abs: float = field(default=1e-4)
-    """Largest accepted difference from torch, in action units; above it nothing is published."""
+    rtc: bool = False
+    """With the inputs of real-time chunking; a client that sends none is served as without."""
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    """Batch sizes that will be served; each costs memory and is compared with torch. 1 for a large model on a CPU."""
+    max_abs: float | None = None
+    """Largest accepted difference from torch, in action units; above it nothing is published. By default 1e-4 in fp32;
+    other formats are held to their cosine."""
 
 
 def export(argv: list[str]) -> int:
     """Export, check parity, publish."""
     args = tyro.cli(ExportArgs, args=argv, prog="recap export", description=ExportArgs.__doc__)
-    from exporters.parity import Tolerance
-    from exporters.repository import export_checkpoint
+    from exporters.repository import ExportOptions, export_checkpoint
 
+    options = ExportOptions(args.target, args.precision, args.guided, args.rtc, args.batch_sizes, args.max_abs)
     for checkpoint in args.checkpoints:
-        for manifest in export_checkpoint(
-            checkpoint, args.out, guided=args.guided, tolerance=Tolerance(max_abs=args.max_abs)
-        ):
+        for manifest in export_checkpoint(checkpoint, args.out, options):
             print(
-                f"{checkpoint} -> {args.out}: max abs {manifest.metrics['max_abs']:.1e}, "
-                f"cosine {manifest.metrics['cosine']:.7f}"
+                f"{checkpoint} -> {args.out}: {manifest.parameters['precision']}, against torch: max abs "
+                f"{manifest.metrics['max_abs']:.1e}, cosine {manifest.metrics['cosine']:.7f}"
             )
     return 0

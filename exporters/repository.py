@@ -2,38 +2,77 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from exporters.onnx import BATCH_SIZES, export_onnx
-from exporters.parity import Tolerance, onnx_parity
+import torch
+
+from exporters.audit import audit, drop_unused_outputs
+from exporters.onnx import BATCH_SIZES, export_onnx, save_onnx
+from exporters.parity import Tolerance, compare, judge, onnx_parity
+from exporters.precision import Precision, quantize_int8, require_precision
 from exporters.triton_config import config_pbtxt
 from exporters.wrap import Graph, load_graphs
 from recap_model.manifest import Manifest, publish, write_manifest
+from recap_model.policy.static import StaticPolicy
 from recap_model.spec import write_spec
 
 VERSION = "1"
+Target = Literal["onnx", "torch", "tensorrt"]
+_LARGE = 100_000_000  # numbers in a model above which one seed has to do for the receipt
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, guided: bool, tolerance: Tolerance) -> list[Manifest]:
+@dataclass(frozen=True)
+class ExportOptions:
+    """target: what is written. precision: of a policy's matrix products; critics stay in fp32.
+
+    guided: also `policy_guided`. rtc: with the inputs of real-time chunking. batch_sizes: what engines will serve, and
+    what the receipt covers. max_abs: largest accepted difference from torch in action units, None = by precision.
+    """
+
+    target: Target = "onnx"
+    precision: Precision = "fp32"
+    guided: bool = False
+    rtc: bool = False
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    max_abs: float | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [size for size in self.batch_sizes if not 1 <= size <= max(BATCH_SIZES)]
+        if wrong or not self.batch_sizes:
+            raise ValueError(f"batch_sizes: expected numbers from 1 to {max(BATCH_SIZES)}, got {self.batch_sizes}")
+        if self.target != "onnx" and self.precision == "int8":
+            raise ValueError(f"precision: int8 is for --target onnx (the CPU), got --target {self.target}")
+
+
+def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> list[Manifest]:
     """Export every graph of `checkpoint` into the repository `out`; the other models in it stay."""
-    graphs = load_graphs(checkpoint, guided=guided)
+    half = options.precision == "fp16" or options.target == "tensorrt"
+    graphs = load_graphs(
+        checkpoint,
+        guided=options.guided,
+        rtc=options.rtc,
+        dtype=torch.float16 if half and options.target != "torch" else torch.float32,
+        attention="onnxruntime" if options.target == "onnx" else "matmul",
+    )
     if any(graph.name == "policy" for graph in graphs):
         # never beside a policy of another checkpoint: `recap serve --beta` would take it for this one's
         shutil.rmtree(out / "policy_guided", ignore_errors=True)
-    return [_publish(graph, out, tolerance) for graph in graphs]
+    return [_publish(graph, out, options) for graph in graphs]
 
 
-def _publish(graph: Graph, out: Path, tolerance: Tolerance) -> Manifest:
+def _publish(graph: Graph, out: Path, options: ExportOptions) -> Manifest:
     with publish(out / graph.name) as folder:
         version = folder / VERSION
         version.mkdir()
-        export_onnx(graph, version / "model.onnx")
-        receipt = onnx_parity(graph, version / "model.onnx", BATCH_SIZES, tolerance)
+        write = {"onnx": _write_onnx, "torch": _write_torch, "tensorrt": _write_tensorrt}[options.target]
+        receipt, extra = write(graph, version, options)
         (version / "parity.json").write_text(json.dumps(receipt, indent=1) + "\n")
         write_spec(graph.files.spec, version / "spec.json")
         graph.files.tokenizer.save(version / "tokenizer.json")
         inputs = graph.example(1, 0)
-        pbtxt = config_pbtxt(graph.name, inputs, graph.run(inputs), max(BATCH_SIZES))
+        pbtxt = config_pbtxt(graph.name, inputs, graph.run(inputs), max(options.batch_sizes))
         (folder / "config.pbtxt").write_text(pbtxt)
         source = graph.files.manifest
         return write_manifest(
@@ -41,10 +80,74 @@ def _publish(graph: Graph, out: Path, tolerance: Tolerance) -> Manifest:
             "model",
             parents={"checkpoint": source.hash, **source.parents},
             parameters={
-                "target": "onnx",
-                "precision": "fp32",
-                "batch_sizes": BATCH_SIZES,
+                "target": options.target,
+                "precision": _precision(graph, options),
+                "batch_sizes": options.batch_sizes,
+                "rtc": options.rtc,
                 "training": source.parameters,
+                **extra,
             },
             metrics={"max_abs": receipt["max_abs"], "cosine": receipt["cosine"], "training": source.metrics},
         )
+
+
+def _precision(graph: Graph, options: ExportOptions) -> Precision:
+    return options.precision if isinstance(graph.module, StaticPolicy) else "fp32"
+
+
+Written = tuple[dict[str, Any], dict[str, Any]]  # parity receipt, parameters for the manifest
+
+
+def _write_onnx(graph: Graph, version: Path, options: ExportOptions) -> Written:
+    """`model.onnx`, audited, its weights in the precision that its name says, and compared with torch."""
+    precision, path = _precision(graph, options), version / "model.onnx"
+    if precision == "int8":
+        scratch = version / "fp32.onnx"
+        export_onnx(graph, scratch)
+        model = quantize_int8(scratch, path)
+        for file in version.glob("fp32.onnx*"):
+            file.unlink()
+    else:
+        model = export_onnx(graph, path)
+    drop_unused_outputs(model)
+    operators = audit(model, "onnxruntime")
+    weights = require_precision(model, precision) if isinstance(graph.module, StaticPolicy) else {}
+    save_onnx(model, path)
+    seeds = 1 if sum(p.numel() for p in graph.module.buffers()) > _LARGE else 3
+    receipt = onnx_parity(graph, path, options.batch_sizes, Tolerance.of(precision, options.max_abs), seeds)
+    return receipt, {"operators": operators, "weights": weights}
+
+
+def _write_torch(graph: Graph, version: Path, options: ExportOptions) -> Written:
+    """What `recap serve --engine torch` builds its graph from."""
+    from exporters.torch_graph import write_torch
+
+    write_torch(graph, version)
+    rows = []
+    for batch in options.batch_sizes:
+        inputs = graph.example(batch, 0)
+        expected = graph.run(inputs)
+        with torch.no_grad():
+            got = graph.module(*(torch.from_numpy(inputs[name]) for name in graph.inputs)).numpy()
+        rows.append({"batch": batch, "seed": 0, "output": "actions", **compare(expected["actions"], got)})
+    receipt = judge(graph.name, rows, Tolerance.of("fp32", options.max_abs))
+    return {"engine": f"torch {torch.__version__}, static graph in fp32", **receipt}, {}
+
+
+def _write_tensorrt(graph: Graph, version: Path, options: ExportOptions) -> Written:
+    """`model.plan` for the GPU of this machine, built from the audited fp16 graph."""
+    from exporters.tensorrt import build_plan
+
+    receipt, extra = _write_onnx_for_tensorrt(graph, version, options)
+    profiles = ((1, 1, max(options.batch_sizes)),)
+    extra["tensorrt"] = build_plan(version / "model.onnx", version / "model.plan", profiles, version / "timing.cache")
+    return receipt, extra
+
+
+def _write_onnx_for_tensorrt(graph: Graph, version: Path, options: ExportOptions) -> Written:
+    path = version / "model.onnx"
+    model = drop_unused_outputs(export_onnx(graph, path))
+    operators = audit(model, "tensorrt")
+    save_onnx(model, path)
+    receipt = onnx_parity(graph, path, options.batch_sizes, Tolerance.of("fp16", options.max_abs), 1)
+    return receipt, {"operators": operators}

@@ -17,6 +17,7 @@ from recap_model.manifest import read_manifest
 from recap_model.policy.load import load_policy
 from recap_model.policy.model import Policy
 from recap_model.policy.static import OBSERVATION, GraphOptions, StaticPolicy
+from recap_model.policy.static_parts import Attention
 from recap_model.rtc import guidance_weights, prefix_weights
 from recap_model.spec import PolicySpec
 
@@ -52,11 +53,16 @@ def _guided(policy: Policy) -> Callable[..., Tensor]:
 
 
 def load_graphs(
-    checkpoint: Path, *, guided: bool, rtc: bool = False, dtype: torch.dtype = torch.float32
+    checkpoint: Path,
+    *,
+    guided: bool,
+    rtc: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "matmul",
 ) -> list[Graph]:
     """The graphs of a policy (`policy`, and `policy_guided` if asked) or critic (`critic`) checkpoint.
 
-    rtc: with the inputs of real-time chunking. dtype: of the policy's matrix products.
+    rtc: with the inputs of real-time chunking. dtype, attention: see `GraphOptions`.
     """
     kind = read_manifest(checkpoint).kind
     if kind == "critic":
@@ -64,16 +70,17 @@ def load_graphs(
         examples = _examples(files, OBSERVATION, critic.config.state_dim)
         return [Graph("critic", critic, critic, OBSERVATION, ("value", "probabilities"), files, examples)]
     policy, files = load_policy(checkpoint)
-    wanted = [("policy", GraphOptions(rtc=rtc, dtype=dtype))]
-    if guided:
-        wanted.append(("policy_guided", GraphOptions(guided=True, rtc=rtc, dtype=dtype)))
+    plain = GraphOptions(rtc=rtc, dtype=dtype, attention=attention)
+    wanted = [("policy", plain)] + ([("policy_guided", replace(plain, guided=True))] if guided else [])
     return [policy_graph(name, policy, options, files) for name, options in wanted]
 
 
 def policy_graph(name: str, policy: Policy, options: GraphOptions, files: CheckpointFiles) -> Graph:
     """One graph of a policy. With real-time chunking the reference is the same graph in fp32: `Policy` has none."""
     if options.rtc:
-        reference: Callable[..., Any] = StaticPolicy(policy, replace(options, dtype=torch.float32)).eval()
+        reference: Callable[..., Any] = StaticPolicy(
+            policy, replace(options, dtype=torch.float32, attention="matmul")
+        ).eval()
     else:
         reference = _guided(policy) if options.guided else policy.sample_actions
     examples = _examples(files, options.inputs, policy.config.padded_action)

@@ -20,6 +20,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train critic": ("training.cli:critic", "dataset + returns -> distributional value model"),
     "label": ("training.cli_data:label", "critic -> values, advantages, indicators, and their audit"),
     "train policy": ("training.cli:policy", "dataset + labels -> advantage-conditioned policy"),
+    "import-lerobot": ("training.cli_lerobot:import_lerobot", "LeRobot SmolVLA folder or hub name -> checkpoint"),
+    "export-lerobot": (
+        "training.cli_lerobot:export_lerobot",
+        "checkpoint -> folder that LeRobot's SmolVLA class opens",
+    ),
     "export": ("exporters.cli:export", "checkpoint -> model repository with a parity receipt"),
     "serve": ("services.cli:serve", "policy and critic services on a model repository"),
     "evaluate": ("training.evaluate:evaluate", "success rate and throughput of a policy in simulation"),
@@ -32,7 +37,9 @@ EXTRAS: dict[str, str] = {
     **dict.fromkeys(("fastapi", "uvicorn", "starlette", "onnxruntime", "prometheus_client", "structlog"), "serve"),
     **dict.fromkeys(("metaworld", "mujoco", "gymnasium"), "sim"),
     **dict.fromkeys(("matplotlib", "av"), "report"),
-    **dict.fromkeys(("torch", "lerobot", "transformers", "safetensors", "pyarrow", "onnx", "onnxscript"), "train"),
+    **dict.fromkeys(
+        ("torch", "lerobot", "transformers", "huggingface_hub", "safetensors", "pyarrow", "onnx", "onnxscript"), "train"
+    ),
     **dict.fromkeys(("tensorboard", "scipy", "datasets", "wandb"), "train"),
 }
 
@@ -60,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def usage(prefix: str = "") -> str:
     """The table of commands (those that start with `prefix`) as text."""
-    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items() if name.startswith(prefix)]
+    lines = [f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items() if name.startswith(prefix)]
     head = ["usage: recap COMMAND [options]     `recap COMMAND --help` tells its options", ""]
     tail = ["", "--debug (or RECAP_DEBUG=1) shows the traceback behind an error; --version prints the version"]
     return "\n".join(head + lines + tail)

@@ -15,7 +15,7 @@ class Overrides:
     """Settings that replace the preset's."""
 
     preset: str = "tiny"
-    """Sizes and budget: debug or tiny."""
+    """Sizes and budget: debug, tiny, smolvla_debug or smolvla_base."""
     steps: int | None = None
     """Optimiser steps."""
     batch_size: int | None = None
@@ -53,6 +53,8 @@ class TrainPolicy:
     """Checkpoint to start from; its sizes, vocabulary and normalisation are kept."""
     dropout: float | None = None
     """Share of samples without the advantage clause."""
+    train: Literal["all", "expert"] | None = None
+    """What gets gradients: everything, or the action expert and the state's projection alone."""
     overrides: tyro.conf.OmitArgPrefixes[Overrides] = Overrides()
 
 
@@ -81,6 +83,8 @@ def policy(argv: list[str]) -> int:
     settings = args.overrides.apply(presets.load(args.overrides.preset).policy())
     if args.dropout is not None:
         settings = replace(settings, dropout=args.dropout)
+    if args.train is not None:
+        settings = replace(settings, train=args.train)
     _report(args.out, train_policy(settings, args.dataset, args.labels, args.init, args.out, args.mode))
     return 0
 

@@ -14,7 +14,7 @@ from recap_model.checkpoint import CheckpointFiles
 from recap_model.manifest import Manifest, publish, read_manifest, write_manifest
 from recap_model.normalize import NormStats
 from recap_model.policy import flow
-from recap_model.policy.config import PolicyConfig
+from recap_model.policy.config import ConvConfig, PolicyConfig
 from recap_model.policy.load import load_policy
 from recap_model.policy.model import Policy
 from recap_model.spec import PolicySpec
@@ -23,7 +23,7 @@ from training.checkpoint import write_checkpoint
 from training.loader import Batch, FrameTable, Loader, Sampler
 from training.loop import autocast_vision, fit, forget_state, pick_device, placer
 from training.settings import PolicySettings
-from training.table import TableSource, image_side, load_table
+from training.table import TableSource, frame_size, image_side, load_table
 
 Mode = Literal["imitation", "recap", "filtered"]
 
@@ -79,7 +79,7 @@ def train_policy(
             folder,
             "policy",
             parents=parents,
-            parameters={"mode": mode, **asdict(settings)},
+            parameters={"mode": mode, **asdict(settings), **_origin(init)},
             metrics={
                 "frames": len(table),
                 "indicator_share": shares,
@@ -123,9 +123,14 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
     stats = {"state": NormStats.of(source.table.state), "action": NormStats.of(source.table.action)}
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
     robot = source.robot
+    vision, vocabulary = settings.vision, padded_vocabulary(tokenizer)
+    if isinstance(vision, ConvConfig):
+        vision = replace(vision, image_size=image_side(robot))
+    else:  # LeRobot's layout: the preset's vocabulary stays, with room for the special tokens that an export adds
+        vocabulary = max(settings.language.vocabulary, padded_vocabulary(tokenizer, spare=4))
     config = PolicyConfig(
-        replace(settings.vision, image_size=image_side(robot)),
-        replace(settings.language, vocabulary=padded_vocabulary(tokenizer)),
+        vision,
+        replace(settings.language, vocabulary=vocabulary),
         settings.expert,
         cameras=len(robot.cameras),
         state_dim=len(robot.state),
@@ -133,6 +138,9 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
         chunk=settings.chunk,
         max_tokens=tokenizer.max_tokens,
         denoise_steps=settings.denoise_steps,
+        frame=frame_size(robot),
+        state_width=settings.state_width,
+        action_width=settings.action_width,
     )
     torch.manual_seed(settings.fit.seed)
     policy = _placed(Policy(config, stats), settings)
@@ -141,11 +149,20 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
 
 
 def _placed(policy: Policy, settings: PolicySettings) -> Policy:
-    """On the device to train on; channels last is what convolutions are fastest with."""
+    """On the device to train on, with `settings.train` applied; channels last is what convolutions are fastest with."""
+    if settings.train == "expert":
+        for part in (policy.vision, policy.language):
+            part.requires_grad_(False)
     device = pick_device(settings.fit.device)
     return policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def padded_vocabulary(tokenizer: TextTokenizer) -> int:
-    """Vocabulary size rounded up to a multiple of 8, as matrix units like it."""
-    return 8 * math.ceil(tokenizer.vocabulary_size / 8)
+def _origin(init: Path | None) -> dict[str, str]:
+    """What an export to LeRobot needs to know of the checkpoint that training started from."""
+    name = read_manifest(init).parameters.get("vlm_name") if init else None
+    return {"vlm_name": name} if name else {}
+
+
+def padded_vocabulary(tokenizer: TextTokenizer, spare: int = 0) -> int:
+    """Vocabulary size with `spare` more tokens, rounded up to a multiple of 8, as matrix units like it."""
+    return 8 * math.ceil((tokenizer.vocabulary_size + spare) / 8)

@@ -1,6 +1,7 @@
 """What a training run consists of: sizes, budget, optimiser. Presets (training/presets) fill these in."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from recap_model.policy.config import ExpertConfig, LanguageConfig, VisionConfig
 from training.optim import OptimConfig
@@ -29,6 +30,8 @@ class PolicySettings:
     """draws: (time, noise) pairs per encoded observation; the prefix is the costly part and is computed once for all.
 
     dropout: share of samples trained without the advantage clause. shift: image augmentation [px].
+    state_width, action_width: what the vectors are padded to inside the model, None = not at all. train: "expert"
+    leaves the image tower and the language model as they are, and trains action expert and the state's projection.
     """
 
     vision: VisionConfig
@@ -41,6 +44,9 @@ class PolicySettings:
     draws: int = 2
     dropout: float = 0.3
     shift: int = 2
+    state_width: int | None = None
+    action_width: int | None = None
+    train: Literal["all", "expert"] = "all"
 
 
 @dataclass(frozen=True)

@@ -47,17 +47,31 @@ def load_table(dataset: Path, *, labels: Path | None = None, returns: Path | Non
     return TableSource(table, robot, data.hash)
 
 
-def image_side(robot: RobotSpec) -> int:
-    """The side in px of all cameras' frames. The tower takes one square size for all; anything else is refused."""
+def frame_size(robot: RobotSpec) -> tuple[int, int]:
+    """(height, width) in px of all cameras' frames: one size for all, since they pass the tower as one batch."""
     sizes = {(camera.height, camera.width) for camera in robot.cameras}
-    height, width = next(iter(sizes))
-    if len(sizes) != 1 or height != width or height % 16:
-        got = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in robot.cameras)
+    if len(sizes) != 1:
         raise SpecError(
-            f"cameras: expected square frames of one size, a multiple of 16 px, got {got}; "
-            "record (or resize) the cameras at one size before ingesting"
+            f"cameras: expected square frames of one size (one size of any shape for presets `smolvla_*`), got "
+            f"{_sizes(robot)}; record (or resize) the cameras at one size before ingesting"
+        )
+    return next(iter(sizes))
+
+
+def image_side(robot: RobotSpec) -> int:
+    """The side in px of all cameras' frames. The convolutional tower takes squares; anything else is refused."""
+    height, width = frame_size(robot)
+    if height != width or height % 16:
+        raise SpecError(
+            f"cameras: expected square frames of one size, a multiple of 16 px, got {_sizes(robot)}; "
+            "record (or resize) the cameras at one size before ingesting, or train a preset `smolvla_*`, whose image "
+            "tower takes any shape"
         )
     return height
+
+
+def _sizes(robot: RobotSpec) -> str:
+    return ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in robot.cameras)
 
 
 def _frames(data: Dataset) -> tuple[FrameTable, RobotSpec]:
@@ -65,8 +79,8 @@ def _frames(data: Dataset) -> tuple[FrameTable, RobotSpec]:
     tasks = tuple(sorted({episode.task for episode in episodes}))
     robot = replace(data.spec, tasks=tasks)
     total = sum(len(episode.state) for episode in episodes)
-    side = image_side(robot)
-    images = np.empty((total, len(robot.cameras), side, side, 3), np.uint8)
+    size = frame_size(robot)
+    images = np.empty((total, len(robot.cameras), *size, 3), np.uint8)
     states, row = [], 0
     progress: Iterable = track(episodes, "reading frames", disable=total < 2000)  # type: ignore[type-arg]
     for episode in progress:

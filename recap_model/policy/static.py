@@ -27,6 +27,7 @@ from recap_model.policy.static_parts import (
     StaticLayer,
     StaticSiglip,
     attend,
+    rms_norm,
     rope_table,
     rotate,
 )
@@ -41,7 +42,8 @@ CHUNKING = ("previous", "prefix_weights", "guidance_weights")
 class GraphOptions:
     """guided: classifier-free guidance, beta per sample. rtc: real-time chunking inputs. dtype: of matrix products.
 
-    attention: "matmul" is written out (exporters), "sdpa" takes torch's fused kernels (torch engine on a GPU).
+    attention: "matmul" is written out (TensorRT, other runtimes), "sdpa" takes torch's fused kernels (torch engine),
+    "onnxruntime" exports the image tower with that runtime's tiled attention.
     """
 
     guided: bool = False
@@ -231,4 +233,4 @@ class StaticPolicy(nn.Module):
             else:
                 attended = attend(rotate(heads, own), k, v, prefix.hidden, self.options.attention)
             h = layer.finish(h, attended)
-        return self.action_out(self.norm(h))
+        return self.action_out(rms_norm(h, self.norm))

@@ -4,7 +4,7 @@ Matrix products run in the graph's dtype; the residual stream, norms, softmax an
 fp16 cannot overflow and bf16 does not accumulate its rounding over the layers.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from recap_model.policy.language import ROPE_WAVELENGTH, Layer
 from recap_model.policy.siglip import SiglipLayer, SiglipTower, pixel_shuffle
 
-Attention = Literal["matmul", "sdpa"]
+Attention = Literal["matmul", "sdpa", "onnxruntime"]
 MASKED = -30000.0  # exp(MASKED) is 0 in fp32; fits fp16, where finfo(fp32).min would become -inf
 
 
@@ -86,6 +86,21 @@ def _per_group(bias: Tensor, groups: int) -> Tensor:
     return bias if bias.shape[2] == 1 or groups == 1 else bias.repeat(1, 1, groups, 1)
 
 
+def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm` (an RMSNorm) in the form that exporters' fusions recognise; on a GPU torch's own kernel."""
+    if x.is_cuda:
+        return norm(x)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh in the form that onnxruntime fuses into one operator; on a GPU torch's own kernel."""
+    if x.is_cuda:
+        return F.gelu(x, approximate="tanh")
+    inner = (x * 0.7978845608028654) * (x * (x * 0.044715) + 1.0)
+    return (x * 0.5) * (inner.tanh() + 1.0)
+
+
 class StaticSiglipLayer(nn.Module):
     def __init__(self, layer: SiglipLayer, dtype: torch.dtype, how: Attention) -> None:
         super().__init__()
@@ -96,9 +111,19 @@ class StaticSiglipLayer(nn.Module):
         self.o, self.up, self.down = (dense(m, dtype=dtype) for m in (layer.o, layer.up, layer.down))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        x = x + self.o(attend(q, k.transpose(1, 2), v.transpose(1, 2), None, self.how)).float()
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")).float()
+        x = x + self.o(self.attend(self.qkv(self.norm1(x)))).float()
+        return x + self.down(gelu_tanh(self.up(self.norm2(x)))).float()
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[N, patches, 3 * width] -> [N, patches, width]. For "onnxruntime" an operator that torch cannot run."""
+        if self.how == "onnxruntime":
+            q, k, v = qkv.chunk(3, dim=-1)
+            attributes: dict[str, Any] = {"num_heads": self.heads, "scale": 1.0}
+            return torch.onnx.ops.symbolic(
+                "com.microsoft::MultiHeadAttention", (q, k, v), attributes, dtype=q.dtype, shape=q.shape, version=1
+            )
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
+        return attend(q, k.transpose(1, 2), v.transpose(1, 2), None, self.how)
 
 
 class StaticSiglip(nn.Module):
@@ -162,7 +187,7 @@ class StaticLayer(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, width] -> [B, L, heads, head_dim]."""
-        return self.project(self.input_norm(x)).unflatten(2, (-1, self.head_dim))
+        return self.project(rms_norm(x, self.input_norm)).unflatten(2, (-1, self.head_dim))
 
     def split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fused heads -> queries, keys, values [B, L, *, head_dim]."""
@@ -173,5 +198,5 @@ class StaticLayer(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual, then the MLP block; x fp32."""
         x = x + self.o(attended).float()
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(rms_norm(x, self.post_norm)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up).float()

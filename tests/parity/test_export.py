@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from google.protobuf import text_format
@@ -12,7 +13,8 @@ from tritonclient.grpc import model_config_pb2
 from exporters import parity, repository
 from exporters.cli import export
 from exporters.onnx import BATCH_SIZES
-from exporters.parity import ParityError, Tolerance
+from exporters.parity import ParityError
+from exporters.repository import ExportOptions
 from exporters.triton_config import config_pbtxt
 from exporters.wrap import load_graphs
 from model_factory import save_critic, save_policy
@@ -74,9 +76,9 @@ def test_a_graph_that_differs_is_not_published(exported, tmp_path, monkeypatch):
     """Export one set of weights and compare with another: above tolerance, nothing appears and the old model stays."""
     root, _ = exported
     other = load_graphs(save_policy(tmp_path / "other", seed=3), guided=False)[0]
-    monkeypatch.setattr(repository, "export_onnx", lambda _, path: path.write_bytes(_model(root)))
+    monkeypatch.setattr(repository, "export_onnx", lambda *_: onnx.load_from_string(_model(root)))
     with pytest.raises(ParityError, match=r"policy: expected max abs <= 0.0001 .* nothing was published"):
-        repository._publish(other, tmp_path / "repo", Tolerance())
+        repository._publish(other, tmp_path / "repo", ExportOptions())
     assert not list((tmp_path / "repo").iterdir())
 
 
