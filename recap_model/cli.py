@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("training.evaluate:evaluate", "success rate and throughput of a policy in simulation"),
     "report": ("training.report:main", "report.html of a finished or running loop"),
     "bench": ("services.cli:bench", "latency of the services on this machine"),
+    "bench engine": ("benchmarks.engine:main", "every engine on the same model, beside LeRobot and the roofline"),
 }
 
 # imported package -> extra of recap-stack that brings it

@@ -65,7 +65,7 @@ def write_manifest(
         dict(parents or {}),
         dict(parameters or {}),
         dict(metrics or {}),
-        commit=_commit(),
+        commit=source_commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     temporary = folder / (NAME + ".tmp")
@@ -146,7 +146,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _commit() -> str:
+def source_commit() -> str:
     """The source commit, read from the checkout without running git; "unknown" in an installed package."""
     git = Path(__file__).resolve().parent.parent / ".git"
     try:

@@ -22,6 +22,9 @@ class ServeArgs:
     host: str = "127.0.0.1"
     """Address to listen on. Set RECAP_API_KEY in the environment before opening it to others."""
     engine: str = "onnxruntime"
+    """onnxruntime, or torch for a model exported with `--target torch`; the critic runs on onnxruntime."""
+    engine_threads: int = 1
+    """CPU threads of the policy's engine; more help large models, and take cores from the robot's own loop."""
     beta: float = 1.0
     """Classifier-free guidance strength; 1 = none."""
     critic_url: str | None = None

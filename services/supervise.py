@@ -61,7 +61,7 @@ def _policy_app(args: ServeArgs) -> Any:
     from services.policy.app import create_app
     from services.policy.pipeline import load_policy_engine
 
-    engine = load_policy_engine(args.models, args.beta, args.engine)
+    engine = load_policy_engine(args.models, args.beta, args.engine, args.engine_threads)
     engine.warm_up()
     return create_app(engine, PolicySettings(args.beta, args.critic_url, args.critic_hz, args.seed, api_key_from()))
 
@@ -70,7 +70,7 @@ def _critic_app(args: ServeArgs) -> Any:
     from services.common.engine import load_engine
     from services.critic.app import create_app
 
-    engine = load_engine(args.models, "critic", args.engine)
+    engine = load_engine(args.models, "critic")
     engine.warm_up()
     return create_app(engine, CriticSettings(api_key=api_key_from()))
 

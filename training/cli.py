@@ -85,6 +85,11 @@ def policy(argv: list[str]) -> int:
         settings = replace(settings, dropout=args.dropout)
     if args.train is not None:
         settings = replace(settings, train=args.train)
+    if args.overrides.preset == "smolvla_base" and args.init is None:
+        print(
+            "smolvla_base: no --init, so it starts from random weights and will need far more than one robot's data; "
+            "`recap import-lerobot lerobot/smolvla_base` makes a pretrained checkpoint to start from"
+        )
     _report(args.out, train_policy(settings, args.dataset, args.labels, args.init, args.out, args.mode))
     return 0
 

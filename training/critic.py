@@ -165,8 +165,7 @@ def _start(
     """A critic to train: from a checkpoint, or fresh."""
     if init is not None:
         critic, files = load_critic(init)
-        source.require_known_tasks(files.spec.robot, init)
-        spec = cast(CriticSpec, files.spec)
+        spec = replace(cast(CriticSpec, files.spec), robot=source.known_robot(files, init))
         critic.to(device=pick_device(settings.fit.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
         return critic, replace(files, spec=replace(spec, t_max={**spec.t_max, **t_max}))
     robot = source.robot

@@ -30,6 +30,7 @@ from training.lerobot_processors import (
     Processors,
     constant_state,
     dataset_statistics,
+    has_needed,
     is_statistic,
     read_processors,
     statistics_of,
@@ -39,6 +40,8 @@ SPECIAL_TOKENS = ("<fake_token_around_image>", "<global-img>")
 SIDECAR = "recap.json"
 """What `recap export-lerobot` writes beside LeRobot's files: the robot's spec and the rule of the patch positions."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WHOLE: tuple[str, ...] = ("chunk_size", "num_steps", "tokenizer_max_length", "max_state_dim", "max_action_dim")
+_WHOLE += ("num_vlm_layers", "num_expert_layers", "self_attn_every_n_layers", "empty_cameras")
 Note = Callable[[str], None]
 
 
@@ -80,6 +83,8 @@ def import_policy(
     stats = _statistics(policy, read.processors, dataset, note)
     if robot is None:
         robot = _derived_robot(policy, chosen, stats, fps)
+    elif fps is not None and fps != robot.control_hz:
+        raise LerobotError(f"--fps: expected {robot.control_hz} Hz, the rate of the robot that is given, got {fps}")
     _require_fit(robot, policy, chosen, folder)
     robot = replace(robot, tasks=tuple(dict.fromkeys((*robot.tasks, *tasks))))
     text = _text(tokenizer, policy)
@@ -110,6 +115,9 @@ def _read(folder: Path) -> _Source:
             f"{folder / 'config.json'}: type: expected one of ['smolvla'], got {config.get('type')!r}: no other policy "
             "class of LeRobot is implemented here"
         )
+    odd = {key: config[key] for key in _WHOLE if key in config and type(config[key]) is not int}
+    if odd:
+        raise LerobotError(f"{folder / 'config.json'}: expected whole numbers, got {odd}")
     tensors = read_weights(folder)
     processors = read_processors(folder, config, tensors)
     norms = config.get("normalization_mapping", {}) if processors.norms is None else processors.norms
@@ -258,10 +266,10 @@ def _derived_robot(
 
 def _statistics(policy: PolicyConfig, processors: Processors, dataset: Path | None, note: Note) -> dict[str, NormStats]:
     found = dict(processors.statistics)
-    for key in (STATE, ACTION):
-        if not found.get(key) and dataset is not None:
+    for key, mode in ((STATE, policy.state_norm), (ACTION, policy.action_norm)):
+        if not has_needed(found.get(key, {}), mode) and dataset is not None:
             found[key] = dataset_statistics(dataset).get(key, {})
-            note(f"{key}: the policy holds no statistics: taken from {dataset}/meta/stats.json")
+            note(f"{key}: the policy holds no finite statistics: taken from {dataset}/meta/stats.json")
     state = statistics_of(found.get(STATE, {}), policy.state_norm, policy.state_dim, STATE)
     action = statistics_of(found.get(ACTION, {}), policy.action_norm, policy.action_dim, ACTION, note)
     return {"state": constant_state(state, policy.state_norm), "action": action}

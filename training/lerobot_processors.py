@@ -84,6 +84,11 @@ def read_processors(folder: Path, config: dict[str, Any], tensors: dict[str, Ten
     return Processors(statistics, norms, renamed)
 
 
+def has_needed(found: dict[str, Array], mode: Mode) -> bool:
+    """Whether all that `mode` needs is there and finite: a policy that saw no data is saved with infinity."""
+    return all(name in found and bool(np.isfinite(found[name]).all()) for name in _NEEDED[mode])
+
+
 def statistics_of(
     found: dict[str, Array], mode: Mode, width: int, what: str, note: Callable[[str], None] | None = None
 ) -> NormStats:
@@ -98,7 +103,8 @@ def statistics_of(
     for name in _NEEDED[mode]:
         if found[name].shape != (width,) or not np.isfinite(found[name]).all():
             raise LerobotError(
-                f"{what}.{name}: expected {width} finite numbers, got shape {list(found[name].shape)}: {found[name]}"
+                f"{what}.{name}: expected {width} finite numbers, got shape {list(found[name].shape)}: "
+                f"{found[name]}; give --dataset FOLDER to replace statistics that are not finite by those of its data"
             )
     usable = {k: v for k, v in found.items() if v.shape == (width,) and np.isfinite(v).all()}
     if ("min" not in usable or "max" not in usable) and note is not None:
@@ -113,8 +119,10 @@ def statistics_of(
 def constant_state(stats: NormStats, mode: Mode, *, back: bool = False) -> NormStats:
     """The same function at a state dimension without spread: LeRobot's min-max maps it to -1, ours to 0.
 
-    back: from ours to LeRobot's.
+    back: from ours to LeRobot's, which would divide by 1e-8 where ours divides by 1.
     """
+    if mode == "mean_std" and back:
+        return replace(stats, std=stats.affine(mode)[1])
     names = {"min_max": ("min", "max"), "quantile": ("q01", "q99")}.get(mode)
     if names is None:
         return stats

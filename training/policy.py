@@ -118,8 +118,8 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
     """A policy to train: from a checkpoint, or fresh with statistics and vocabulary of the data."""
     if init is not None:
         policy, files = load_policy(init)
-        source.require_known_tasks(files.spec.robot, init)
-        return _placed(policy.train(), settings), files
+        robot = source.known_robot(files, init)
+        return _placed(policy.train(), settings), replace(files, spec=replace(files.spec, robot=robot))
     stats = {"state": NormStats.of(source.table.state), "action": NormStats.of(source.table.action)}
     tokenizer = word_tokenizer(source.table.tasks, settings.max_tokens)
     robot = source.robot

@@ -9,6 +9,7 @@ from rich.progress import track
 
 from recap_client.spec import RobotSpec, SpecError, require_equal
 from recap_model import conditioning
+from recap_model.checkpoint import CheckpointFiles
 from training.dataset import Dataset, open_dataset
 from training.labels import load_labels, load_returns
 from training.loader import FrameTable, prepare_episode
@@ -23,15 +24,23 @@ class TableSource:
     hash: str
     labels_hash: str = ""
 
-    def require_known_tasks(self, known: RobotSpec, where: Path) -> None:
-        """Refuse data whose robot or tasks a checkpoint does not know."""
-        require_equal(known, self.robot, what=f"dataset against {where}")
-        new = sorted(set(self.table.tasks) - set(known.tasks))
-        if new:
+    def known_robot(self, files: CheckpointFiles, where: Path) -> RobotSpec:
+        """The robot of a checkpoint with the tasks of this data added. Refuses data of another robot, and new tasks
+        with words that the checkpoint's tokenizer does not have: the model would read nothing in their place."""
+        known = files.spec.robot
+        try:
+            require_equal(known, self.robot, what=f"dataset against {where}")
+        except SpecError as error:
+            raise SpecError(f"{error}{_way_out(files, self.robot)}") from error
+        new = tuple(task for task in self.table.tasks if task not in known.tasks)
+        texts = [conditioning.unconditional_prompt(task) for task in new]
+        words = sorted({word for text in texts for word in files.tokenizer.unknown_words(text)})
+        if words:
             raise ValueError(
-                f"{where}: expected data of the tasks it knows, {list(known.tasks)}, got also {new}; "
-                "train from scratch (without --init) to add tasks"
+                f"{where}: expected data of tasks in words that it knows, as {list(known.tasks)}, got {list(new)} with "
+                f"the new words {words}; train from scratch (without --init) to add words"
             )
+        return replace(known, tasks=known.tasks + new)
 
 
 def load_table(dataset: Path, *, labels: Path | None = None, returns: Path | None = None) -> TableSource:
@@ -68,6 +77,15 @@ def image_side(robot: RobotSpec) -> int:
             "tower takes any shape"
         )
     return height
+
+
+def _way_out(files: CheckpointFiles, robot: RobotSpec) -> str:
+    """What to do about an imported policy that fits a robot but was given other names, units, limits or rate."""
+    known = files.spec.robot
+    same = [(len(r.state), len(r.action), [(c.height, c.width) for c in r.cameras]) for r in (known, robot)]
+    if files.manifest.parameters.get("format") != "lerobot" or same[0] != same[1]:
+        return ""
+    return "; import the policy again with this robot's names, units, limits and rate: `recap import-lerobot --dataset`"
 
 
 def _sizes(robot: RobotSpec) -> str:

@@ -1,4 +1,4 @@
-"""What runs a model: the interface that the embedded engine implements, and other engines will."""
+"""What runs a model: the interface that every engine implements."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -14,7 +14,11 @@ from services.common.repository import open_model
 Arrays = Mapping[str, NDArray[Any]]
 
 # kind -> "module:class", imported when asked for, so that a service needs only the library of the engine it runs.
-KINDS = {"onnxruntime": "services.common.onnxruntime_engine:OnnxRuntimeEngine"}
+KINDS = {
+    "onnxruntime": "services.common.onnxruntime_engine:OnnxRuntimeEngine",
+    "torch": "services.common.torch_engine:TorchEngine",
+}
+_EXTRAS = {"torch": "serve,torch"}  # engines that need more than the extra `serve`
 
 
 class EngineError(ValueError):
@@ -63,8 +67,8 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def load_engine(models: Path, model: str, kind: str = "onnxruntime") -> Engine:
-    """Open `models`/`model`, verify it, and load it with the engine `kind`.
+def load_engine(models: Path, model: str, kind: str = "onnxruntime", threads: int = 1) -> Engine:
+    """Open `models`/`model`, verify it, and load it with the engine `kind`, on `threads` CPU threads.
 
     Raises EngineError (unknown kind, missing library, graph that does not load), RepositoryError, ManifestError.
     """
@@ -75,7 +79,8 @@ def load_engine(models: Path, model: str, kind: str = "onnxruntime") -> Engine:
         factory = getattr(import_module(module), name)
     except ImportError as error:
         raise EngineError(
-            f"engine {kind!r}: cannot import {error.name}; install it with `pip install 'recap-stack[serve]'`"
+            f"engine {kind!r}: cannot import {error.name}; install it with "
+            f"`pip install 'recap-stack[{_EXTRAS.get(kind, 'serve')}]'`"
         ) from error
-    engine: Engine = factory(open_model(models, model))
+    engine: Engine = factory(open_model(models, model), threads=threads)
     return engine

@@ -1,7 +1,6 @@
 """The embedded engine: onnxruntime inside the service process, on the CPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from recap_model.spec import Spec
 from recap_model.tokenizer import TextTokenizer
 from services.common.engine import Arrays, EngineError
+from services.common.engine_inputs import Input, check_inputs, fitting_size, ones, pad
 from services.common.repository import ModelFolder
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -25,19 +25,15 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Input:
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]  # of one sample
-
-
 class OnnxRuntimeEngine:
     """One session per batch size: with every shape fixed, onnxruntime folds shape arithmetic away and plans its memory
-    once. One thread per session: a robot's control loop shares these cores, and small graphs gain nothing from more."""
+    once. One thread per session by default: a robot's control loop shares these cores, and small graphs gain nothing
+    from more. batch_sizes: None = those that the model was exported for."""
 
-    def __init__(self, model: ModelFolder, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> None:
+    def __init__(self, model: ModelFolder, batch_sizes: tuple[int, ...] | None = None, threads: int = 1) -> None:
         self._model = model
-        self._sessions = {size: _session(model, size) for size in sorted(batch_sizes)}
+        sizes = batch_sizes or model.manifest.parameters.get("batch_sizes") or BATCH_SIZES
+        self._sessions = {size: _session(model, size, threads) for size in sorted(sizes)}
         first = self._sessions[min(self._sessions)]
         self._inputs = {item.name: _describe(item, model) for item in first.get_inputs()}
         self._outputs = [item.name for item in first.get_outputs()]
@@ -76,44 +72,22 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Engine.run`."""
-        count = self._check(inputs)
-        size = next((size for size in self._sessions if size >= count), None)
-        if size is None:
-            raise EngineError(f"{self.name}: batch: expected at most {max(self._sessions)} samples, got {count}")
-        feed = {name: _pad(inputs[name], size) for name in self._inputs}
+        count = check_inputs(self.name, self._inputs, inputs)
+        size = fitting_size(self.name, self._sessions, count)
+        feed = {name: pad(inputs[name], size) for name in self._inputs}
         outputs = self._sessions[size].run(self._outputs, feed)
         return {name: array[:count] for name, array in zip(self._outputs, outputs, strict=True)}
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""
         for size in self._sessions:
-            # Ones, not zeros: an all-false token mask is no input that a model has to answer.
-            self.run({name: np.ones((size, *item.shape), item.dtype) for name, item in self._inputs.items()})
+            self.run(ones(self._inputs, size))
 
     def close(self) -> None:
         self._sessions.clear()
 
-    def _check(self, inputs: Arrays) -> int:
-        missing = [name for name in self._inputs if name not in inputs]
-        if missing:
-            raise EngineError(f"{self.name}: inputs: expected {sorted(self._inputs)}, got {sorted(inputs)}")
-        counts = set()
-        for name, want in self._inputs.items():
-            array = inputs[name]
-            if array.dtype != want.dtype or array.shape[1:] != want.shape or array.ndim == 0:
-                raise EngineError(
-                    f"{self.name}: input {name}: expected {want.dtype} [batch, "
-                    f"{', '.join(map(str, want.shape))}], got {array.dtype} {list(array.shape)}"
-                )
-            counts.add(len(array))
-        if len(counts) != 1 or 0 in counts:
-            raise EngineError(
-                f"{self.name}: batch: expected the same number (at least 1) for all inputs, got {sorted(counts)}"
-            )
-        return counts.pop()
 
-
-def _session(model: ModelFolder, size: int) -> onnxruntime.InferenceSession:
+def _session(model: ModelFolder, size: int, threads: int) -> onnxruntime.InferenceSession:
     path = model.path / "model.onnx"
     if not path.is_file():
         raise EngineError(
@@ -121,7 +95,7 @@ def _session(model: ModelFolder, size: int) -> onnxruntime.InferenceSession:
         )
     options = onnxruntime.SessionOptions()
     options.add_free_dimension_override_by_name(BATCH_DIMENSION, size)
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_mem_pattern = True
@@ -136,16 +110,10 @@ def _session(model: ModelFolder, size: int) -> onnxruntime.InferenceSession:
     return session
 
 
-def _describe(item: Any, model: ModelFolder) -> _Input:
+def _describe(item: Any, model: ModelFolder) -> Input:
     shape = tuple(item.shape[1:])
     if item.type not in _DTYPES or not all(isinstance(extent, int) for extent in shape):
         raise EngineError(
             f"{model.path}: input {item.name}: expected a known dtype and fixed extents, got {item.type} {item.shape}"
         )
-    return _Input(np.dtype(_DTYPES[item.type]), shape)
-
-
-def _pad(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """Fill up to `size` samples with copies of the last one; no copy when it fits."""
-    lack = size - len(array)
-    return array if lack == 0 else np.concatenate([array, np.repeat(array[-1:], lack, axis=0)])
+    return Input(np.dtype(_DTYPES[item.type]), shape)

@@ -21,6 +21,8 @@ from services.policy.session import Session
 
 log = get_logger("policy")
 
+_CHUNKING = ("previous", "prefix_weights", "guidance_weights")
+
 Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
@@ -35,11 +37,11 @@ class Chunk:
     batch: int
 
 
-def load_policy_engine(models: Path, beta: float, kind: str) -> Engine:
+def load_policy_engine(models: Path, beta: float, kind: str, threads: int = 1) -> Engine:
     """The engine for a guidance strength: `policy` for 1 (no second pass), `policy_guided` above."""
     if not 1.0 <= beta <= 100.0:
         raise EngineError(f"beta: expected a guidance strength from 1 (none) to 100, got {beta}")
-    return load_engine(models, "policy" if beta == 1.0 else "policy_guided", kind)
+    return load_engine(models, "policy" if beta == 1.0 else "policy_guided", kind, threads)
 
 
 class PolicyPipeline:
@@ -59,6 +61,10 @@ class PolicyPipeline:
         self._noise_shape = engine.input_shapes["noise"]
         self._tokenizer = engine.tokenizer
         self._guidance = np.float32(beta) if guided else None
+        # a graph with real-time chunking is served without it until clients send their previous chunk: zeros are off
+        self._unchained = {
+            name: np.zeros(engine.input_shapes[name], np.float32) for name in _CHUNKING if name in engine.input_names
+        }
         self._positive = lru_cache(maxsize=1024)(self._encode_positive)
         self._unconditional = lru_cache(maxsize=1024)(self._encode_unconditional)
 
@@ -92,6 +98,7 @@ class PolicyPipeline:
             "tokens": tokens,
             "token_mask": mask,
             "noise": session.noise(self._noise_shape, seed, seq),
+            **self._unchained,
         }
         if self._guidance is not None:
             inputs["unconditional_tokens"], inputs["unconditional_mask"] = self._unconditional(task)

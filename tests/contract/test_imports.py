@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "lerobot")
 # robots/metaworld.py needs the simulator (extra `sim`), which is present here; robots/lerobot.py needs lerobot by name.
-EXCEPTIONS = {"recap_client.robots.lerobot": ("lerobot", "torch", "transformers")}
+# services/common/torch_engine.py runs torch; services.common.engine imports it by name when that engine is asked for.
+TORCH_ENGINE = "services.common.torch_engine"
+EXCEPTIONS = {"recap_client.robots.lerobot": ("lerobot", "torch", "transformers"), TORCH_ENGINE: ("torch",)}
 
 
 def modules(package: str, folder: Path) -> list[str]:
@@ -34,7 +36,7 @@ def light_modules() -> list[str]:
 
 def all_modules() -> list[str]:
     applications = modules("training", ROOT / "training") + modules("exporters", ROOT / "exporters")
-    return light_modules() + modules("recap_model", ROOT / "recap_model") + applications
+    return [*light_modules(), TORCH_ENGINE, *modules("recap_model", ROOT / "recap_model"), *applications]
 
 
 def loaded_by(names: list[str], watch: tuple[str, ...]) -> dict[str, list[str]]:
@@ -58,6 +60,12 @@ def loaded_by(names: list[str], watch: tuple[str, ...]) -> dict[str, list[str]]:
 
 def test_what_serves_or_moves_a_robot_loads_no_torch() -> None:
     assert loaded_by(light_modules(), HEAVY) == {}
+
+
+def test_the_torch_engine_is_loaded_by_name_only() -> None:
+    assert TORCH_ENGINE in modules("services", ROOT / "services")
+    assert loaded_by(light_modules(), (TORCH_ENGINE,)) == {}
+    assert loaded_by([TORCH_ENGINE], HEAVY) == {TORCH_ENGINE: ["torch"]}
 
 
 def test_the_boundary_test_can_fail() -> None:
