@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         for model, batch, cameras, beta in itertools.product(args.models, args.batches, args.cameras, args.betas):
             wanted = {"model": model, "engine": engine, "batch": batch, "cameras": cameras, "beta": beta}
             print(f"{engine}: {model}, batch {batch}, {cameras} cameras, beta {beta:g}", file=sys.stderr, flush=True)
-            job = {**wanted, "threads": threads, "repeats": args.repeats, "warm_up": args.warm_up, "prepare": True}
+            job = {**wanted, "threads": threads, "repeats": args.repeats, "warm_up": args.warm_up}
             rows.append(_measure(job, args.cache, asdict(roofline)))
     _compare(rows)
     text = _table(rows, roofline.device, asdict(roofline))
@@ -70,17 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(job: dict[str, Any], cache: str, roofline: dict[str, Any]) -> dict[str, Any]:
-    """One row, from a process of its own; a row that could not be had says why."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.engine",
-        "--cache",
-        cache,
-        "--child",
-        json.dumps(job | {"limits": roofline}),
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    """One row: a process that exports, then one that measures; a row that could not be had says why."""
+    for stage in ("prepare", "measure"):
+        payload = json.dumps(job | {"limits": roofline, "prepare": stage == "prepare"})
+        command = [sys.executable, "-m", "benchmarks.engine", "--cache", cache, "--child", payload]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            break
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     row: dict[str, Any] = {k: job[k] for k in ("model", "engine", "batch", "cameras", "beta")}
     if done.returncode or not lines:
@@ -161,8 +157,8 @@ def _sources() -> str:
     """Hash of what shapes an exported model, so that the cache never serves an old one."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for folder in ("recap_model/policy", "exporters", "benchmarks"):
-        for path in sorted((root / folder).glob("*.py")):
+    for pattern in ("recap_model/policy/*.py", "exporters/*.py", "benchmarks/models.py"):
+        for path in sorted(root.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
 
