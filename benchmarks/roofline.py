@@ -87,7 +87,7 @@ def measure(device: torch.device, threads: int) -> Roofline:
     return Roofline(name if on_gpu else f"{name}, {threads} threads", 2 * size / copy, rate)
 
 
-def _best(call: Callable[[], object], device: torch.device, repeats: int = 8) -> float:
+def _best(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
