@@ -12,7 +12,7 @@ from recap_model.policy.sizes import smolvla_base
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     root = tmp_path_factory.mktemp("bench")
-    arguments = ["--models", "smolvla_debug", "--engines", "lerobot", "torch", "onnxruntime", "--betas", "1", "2"]
+    arguments = ["--models", "smolvla_debug", "--engines", "lerobot", "onnxruntime"]
     table = root / "benchmarks.md"
     table.write_text("# Benchmarks\n\nAn introduction.\n\n## old\n")
     arguments += ["--repeats", "2", "--warm-up", "1", "--threads", "1", "--cache", str(root / "cache")]
@@ -27,20 +27,18 @@ def test_every_engine_has_a_row_with_its_error(result):
     code, data, _ = result
     assert code == 0 and set(data) >= {"hardware", "rows"}
     measured = [row for row in data["rows"] if "p50_ms" in row]
-    assert {(r["engine"], r["beta"]) for r in measured} == {
-        ("lerobot", 1.0), ("torch", 1.0), ("torch", 2.0), ("onnxruntime", 1.0), ("onnxruntime", 2.0),
-    }  # fmt: skip
+    assert [r["engine"] for r in measured] == ["lerobot", "onnxruntime"]
     wanted = {"model", "engine", "batch", "cameras", "beta", "steps", "p50_ms", "p99_ms", "chunks_per_s"}
     for row in measured:
         assert set(row) >= wanted | {"roofline_share", "max_abs", "cosine", "memory_mb"}
         assert row["max_abs"] < 1e-4 and row["action_std"] > 0.1
-    assert data["rows"][1]["not_measured"] == "no guidance in LeRobot's class"
+    assert measured[0]["times_lerobot"] == 1.0 and measured[1]["times_lerobot"] > 0
 
 
 def test_the_table_goes_below_the_introduction(result):
     text = result[2]
     assert text.index("An introduction.") < text.index("engines, ") < text.index("## old")
-    assert text.count("| smolvla_debug |") == 6
+    assert text.count("| smolvla_debug |") == 2
 
 
 def test_work_of_the_full_model_is_what_others_counted():
@@ -55,6 +53,14 @@ def test_floor_is_the_larger_of_computing_and_moving():
     limits = Roofline("toy", bandwidth=10.0, rate={"fp32": 100.0})
     assert floor_seconds((Part("a", 1000.0, 1.0, 0.0),), limits, "fp32") == 10.0
     assert floor_seconds((Part("b", 1.0, 100.0, 0.0),), limits, "fp32") == 40.0
+
+
+def test_what_cannot_be_measured_says_so():
+    row = {"model": "m", "engine": "lerobot", "batch": 1, "cameras": 1, "beta": 2.0, "not_measured": "no guidance"}
+    assert "not measured: no guidance" in engine._line(row)
+    rows = [row, {**row, "engine": "torch", "p50_ms": 1.0}]
+    engine._compare(rows)
+    assert all("times_lerobot" not in r for r in rows)
 
 
 def test_an_engine_that_does_not_exist_is_refused(capsys):
