@@ -6,6 +6,8 @@ Others have published "fp16" and "int8" files that were fp32 to the last byte, s
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -34,9 +36,8 @@ def quantize_int8(source: Path, target: Path) -> ModelProto:
     model = onnx.load(source, load_external_data=False)
     weights = {item.name for item in model.graph.initializer}
     keep = [n.name for n in model.graph.node if n.op_type == "MatMul" and _is_end(n, weights)]
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))  # its advice to run another tool first
     large = (source.parent / (source.name + ".data")).exists()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8.") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8.") as scratch, _quiet():
         out = Path(scratch) / "model.onnx"
         quantize_dynamic(
             source,
@@ -49,6 +50,17 @@ def quantize_int8(source: Path, target: Path) -> ModelProto:
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
         )
         return onnx.load(out)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the quantiser's advice, given on the root logger, to run another tool first."""
+    root, before = logging.getLogger(), logging.getLogger().level
+    root.setLevel(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def _is_end(node: onnx.NodeProto, weights: set[str]) -> bool:

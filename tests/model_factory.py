@@ -11,7 +11,7 @@ from recap_model.critic.config import CriticConfig
 from recap_model.critic.model import Critic
 from recap_model.manifest import publish, write_manifest
 from recap_model.normalize import NormStats
-from recap_model.policy.config import PolicyConfig
+from recap_model.policy.config import ExpertConfig, LanguageConfig, PolicyConfig, SiglipConfig
 from recap_model.policy.model import Policy
 from recap_model.spec import CriticSpec, PolicySpec
 from recap_model.tokenizer import word_tokenizer
@@ -34,6 +34,15 @@ STATS = {
     "state": NormStats.of(_RNG.normal(2.0, 3.0, (50, 3))),
     "action": NormStats.of(_RNG.normal(0.2, 0.5, (50, 4))),
 }
+
+
+SMOLVLA = PolicyConfig(
+    SiglipConfig(image_size=64, width=32, layers=2, heads=2, intermediate=64, shuffle=2),
+    LanguageConfig(width=48, layers=4, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocabulary=24),
+    ExpertConfig(width=36, intermediate=64), cameras=2, state_dim=3, action_dim=4, chunk=8, max_tokens=16,
+    denoise_steps=5, frame=(64, 64), state_width=8, action_width=6,
+)  # fmt: skip
+"""The kinds of layers of the real SmolVLA, for the robot and the tokenizer of this module."""
 
 
 def make_policy(seed: int = 0) -> Policy:

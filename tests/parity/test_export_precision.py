@@ -15,27 +15,19 @@ from exporters.onnx import save_onnx
 from exporters.precision import PrecisionError, require_precision, weight_formats
 from exporters.repository import ExportOptions
 from exporters.wrap import load_graphs
-from model_factory import ROBOT, STATS, TOKENIZER
+from model_factory import ROBOT, SMOLVLA, STATS, TOKENIZER
 from recap_model.manifest import publish, verify, write_manifest
-from recap_model.policy.config import ExpertConfig, LanguageConfig, PolicyConfig, SiglipConfig
 from recap_model.policy.model import Policy
 from recap_model.spec import PolicySpec
 from training.checkpoint import write_checkpoint
 
-CONFIG = PolicyConfig(
-    SiglipConfig(image_size=64, width=32, layers=2, heads=2, intermediate=64, shuffle=2),
-    LanguageConfig(width=48, layers=4, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocabulary=24),
-    ExpertConfig(width=36, intermediate=64), cameras=2, state_dim=3, action_dim=4, chunk=8, max_tokens=16,
-    denoise_steps=4, frame=(64, 64), state_width=8, action_width=6,
-)  # fmt: skip
-
 
 def save_smolvla(folder):
     torch.manual_seed(0)
-    policy = Policy(CONFIG, STATS)
+    policy = Policy(SMOLVLA, STATS)
     weights = {k: v.detach() for k, v in policy.named_parameters()}
     with publish(folder) as tmp:
-        write_checkpoint(tmp, weights, CONFIG.to_json(), PolicySpec(ROBOT, 8, 16), TOKENIZER, STATS)
+        write_checkpoint(tmp, weights, SMOLVLA.to_json(), PolicySpec(ROBOT, 8, 16), TOKENIZER, STATS)
         write_manifest(tmp, "policy")
     return folder
 
@@ -104,7 +96,9 @@ def test_large_weights_lie_beside_the_graph(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "EXTERNAL_ABOVE", 1000)
     graph = load_graphs(checkpoint, guided=False)[0]
     model = exporter.export_onnx(graph, tmp_path / "model.onnx")
-    assert (tmp_path / "model.onnx.data").stat().st_size > 10 * (tmp_path / "model.onnx").stat().st_size / 100
+    alone = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    beside = [item for item in alone.graph.initializer if item.data_location == TensorProto.EXTERNAL]
+    assert len(beside) > 20 and max(len(item.raw_data) for item in alone.graph.initializer) <= 1024
     assert all(item.raw_data or not item.dims for item in model.graph.initializer)
     inputs = graph.example(1, 0)
     assert np.abs(run(tmp_path / "model.onnx", inputs, 1) - graph.run(inputs)["actions"]).max() < 1e-4

@@ -11,19 +11,13 @@ from lerobot.configs import RTCAttentionSchedule
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 
-from model_factory import STATS, TASKS, TOKENIZER, inputs, make_policy
+from model_factory import SMOLVLA, STATS, TASKS, TOKENIZER, inputs, make_policy
 from recap_model import rtc
 from recap_model.conditioning import unconditional_prompt
-from recap_model.policy.config import ExpertConfig, LanguageConfig, PolicyConfig, SiglipConfig
+from recap_model.policy.config import PolicyConfig
 from recap_model.policy.model import Policy
 from recap_model.policy.static import GraphOptions, StaticPolicy, StaticPrefix
 
-SMOLVLA = PolicyConfig(
-    SiglipConfig(image_size=64, width=32, layers=2, heads=2, intermediate=48, shuffle=2),
-    LanguageConfig(width=48, layers=4, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocabulary=24),
-    ExpertConfig(width=36, intermediate=64), cameras=2, state_dim=3, action_dim=4, chunk=8, max_tokens=16,
-    denoise_steps=5, frame=(64, 64), state_width=8, action_width=6,
-)  # fmt: skip
 LAYOUTS = {
     "cross": SMOLVLA,
     "self": replace(SMOLVLA, expert=replace(SMOLVLA.expert, attention="self_attn")),
