@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("exporters.cli:export", "checkpoint -> model repository with a parity receipt"),
     "serve": ("services.cli:serve", "policy and critic services on a model repository"),
     "evaluate": ("training.evaluate:evaluate", "success rate and throughput of a policy in simulation"),
+    "probe": ("training.cli_probe:main", "one checkpoint in simulation under every prompt: positive, negative, none"),
     "report": ("training.report:main", "report.html of a finished or running loop"),
     "bench": ("services.cli:bench", "latency of the services on this machine"),
     "bench engine": ("benchmarks.engine:main", "every engine on the same model, beside LeRobot and the roofline"),

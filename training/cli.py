@@ -53,8 +53,10 @@ class TrainPolicy:
     """Checkpoint to start from; its sizes, vocabulary and normalisation are kept."""
     dropout: float | None = None
     """Share of samples without the advantage clause."""
-    train: Literal["all", "expert"] | None = None
-    """What gets gradients: everything, or the action expert and the state's projection alone."""
+    train: Literal["all", "no-vision", "expert"] | None = None
+    """What gets gradients: everything, all but the image tower, or the action expert and the state's projection."""
+    positive_share: float | None = None
+    """Share of positive frames in every batch of --mode recap. Default: as in the data."""
     overrides: tyro.conf.OmitArgPrefixes[Overrides] = Overrides()
 
 
@@ -85,6 +87,8 @@ def policy(argv: list[str]) -> int:
         settings = replace(settings, dropout=args.dropout)
     if args.train is not None:
         settings = replace(settings, train=args.train)
+    if args.positive_share is not None:
+        settings = replace(settings, positive_share=args.positive_share)
     if args.overrides.preset == "smolvla_base" and args.init is None:
         print(
             "smolvla_base: no --init, so it starts from random weights and will need far more than one robot's data; "

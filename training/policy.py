@@ -1,12 +1,14 @@
 """Train a policy: plain imitation, advantage-conditioned (RECAP), or imitation of the positive frames alone."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recap_model import conditioning
@@ -22,6 +24,7 @@ from recap_model.tokenizer import TextTokenizer, word_tokenizer
 from training.checkpoint import write_checkpoint
 from training.loader import Batch, FrameTable, Loader, Sampler
 from training.loop import autocast_vision, fit, forget_state, pick_device, placer
+from training.sampling import BalancedSampler
 from training.settings import PolicySettings
 from training.table import TableSource, frame_size, image_side, load_table
 
@@ -58,8 +61,7 @@ def train_policy(
         shift=settings.shift,
         seed=settings.fit.seed,
     )
-    rows = np.flatnonzero(table.indicator == conditioning.POSITIVE) if mode == "filtered" else np.arange(len(table))
-    sampler = Sampler(rows, settings.fit.batch_size, settings.fit.seed)
+    sampler, frames = _sampler(settings, table, mode)
     parents = {"dataset": source.hash} | ({"labels": source.labels_hash} if labels else {})
     parents |= {"init": read_manifest(init).hash} if init else {}
     work = out.with_name(out.name + ".work")
@@ -83,11 +85,23 @@ def train_policy(
             metrics={
                 "frames": len(table),
                 "indicator_share": shares,
-                "epochs": settings.fit.steps * settings.fit.batch_size / len(rows),
+                "epochs": settings.fit.steps * settings.fit.batch_size / frames,
             },
         )
     forget_state(work)
     return manifest
+
+
+def _sampler(settings: PolicySettings, table: FrameTable, mode: Mode) -> tuple[Callable[[int], NDArray[np.int64]], int]:
+    """(step -> rows of its batch, frames that they are drawn from)."""
+    size, seed = settings.fit.batch_size, settings.fit.seed
+    positive = table.indicator == conditioning.POSITIVE
+    if mode == "filtered":
+        return Sampler(np.flatnonzero(positive), size, seed), int(positive.sum())
+    if mode == "recap" and settings.positive_share is not None:
+        groups = np.flatnonzero(positive), np.flatnonzero(~positive)
+        return BalancedSampler(*groups, size, settings.positive_share, seed), len(table)
+    return Sampler(np.arange(len(table)), size, seed), len(table)
 
 
 def policy_loss(policy: Policy, batch: Batch, draws: int, generator: torch.Generator) -> Tensor:
@@ -150,9 +164,9 @@ def _start(settings: PolicySettings, source: TableSource, init: Path | None) -> 
 
 def _placed(policy: Policy, settings: PolicySettings) -> Policy:
     """On the device to train on, with `settings.train` applied; channels last is what convolutions are fastest with."""
-    if settings.train == "expert":
-        for part in (policy.vision, policy.language):
-            part.requires_grad_(False)
+    kept = {"all": (), "no-vision": (policy.vision,), "expert": (policy.vision, policy.language)}
+    for part in kept[settings.train]:
+        part.requires_grad_(False)
     device = pick_device(settings.fit.device)
     return policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 

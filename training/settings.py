@@ -30,8 +30,10 @@ class PolicySettings:
     """draws: (time, noise) pairs per encoded observation; the prefix is the costly part and is computed once for all.
 
     dropout: share of samples trained without the advantage clause. shift: image augmentation [px].
-    state_width, action_width: what the vectors are padded to inside the model, None = not at all. train: "expert"
-    leaves the image tower and the language model as they are, and trains action expert and the state's projection.
+    state_width, action_width: what the vectors are padded to inside the model, None = not at all. train: "no-vision"
+    leaves the image tower as it is (a third faster), "expert" the language model too, and trains action expert and
+    the state's projection. positive_share: share of positive frames in every batch of the mode "recap"; None = as in
+    the data.
     """
 
     vision: VisionConfig
@@ -46,7 +48,8 @@ class PolicySettings:
     shift: int = 2
     state_width: int | None = None
     action_width: int | None = None
-    train: Literal["all", "expert"] = "all"
+    train: Literal["all", "no-vision", "expert"] = "all"
+    positive_share: float | None = None
 
 
 @dataclass(frozen=True)

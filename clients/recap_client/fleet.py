@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,9 +19,9 @@ from recap_client.record import RecordError
 from recap_client.robots.base import RobotError
 from recap_client.robots.registry import open_robot, teleoperator_of
 from recap_client.rollout import read_rollout
-from recap_client.runtime import EpisodeResult, LoopSettings, run_episode
+from recap_client.runtime import EpisodeResult, LoopSettings, Policy, run_episode
 from recap_client.session import ProtocolError, ServiceError, ServiceUnavailable
-from recap_client.spec import SpecError
+from recap_client.spec import RobotSpec, SpecError
 from recap_client.value import RemoteCritic
 
 ATTEMPTS = 3
@@ -50,8 +51,10 @@ class Job:
 class FleetSettings:
     """What all episodes have in common.
 
-    policy_url: None = demonstrations by the robot's teleoperator in `style`. value_url: critic; with `takeover`, the
-    operator (style `clean`) takes over by that rule. record: folder of the `.mcap` files, None = none.
+    policy_url: None = demonstrations by the robot's teleoperator in `style`. local: instead of a service, a policy in
+    the worker's own process: "package.module:Class" and what it is made with beside the robot's spec.
+    value_url: critic; with `takeover`, the operator (style `clean`) takes over by that rule. record: folder of the
+    `.mcap` files, None = none.
     """
 
     robot: str = "metaworld"
@@ -63,9 +66,12 @@ class FleetSettings:
     record: Path | None = None
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(realtime=False))
     headers: Mapping[str, str] = field(default_factory=dict)
+    local: tuple[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        if self.takeover is not None and (self.value_url is None or self.policy_url is None):
+        if self.policy_url and self.local:
+            raise FleetError("policy: expected a service (policy_url) or a policy in the process (local), got both")
+        if self.takeover is not None and (self.value_url is None or not (self.policy_url or self.local)):
             raise FleetError("takeover: expected a policy and a critic (policy_url and value_url) with it")
 
 
@@ -106,7 +112,10 @@ class Worker:
         self.settings = settings
         self.robot = open_robot(settings.robot, settings.robot_options)
         spec, name, headers = self.robot.spec, f"{settings.robot.rpartition(':')[2]}-{number}", settings.headers
-        self.policy = self.critic = None
+        self.policy: Policy | None = None
+        self.critic: RemoteCritic | None = None
+        if settings.local:
+            self.policy = _local_policy(spec, *settings.local)
         if settings.policy_url:
             own_critic = settings.value_url is not None
             self.policy = RemotePolicy(settings.policy_url, spec, robot=name, forward=not own_critic, headers=headers)
@@ -133,7 +142,7 @@ class Worker:
 
     def close(self) -> None:
         for part in (self.policy, self.critic, self.robot):
-            if part is not None:
+            if part is not None and hasattr(part, "close"):
                 part.close()
 
     def _once(self, job: Job) -> EpisodeResult:
@@ -148,12 +157,22 @@ class Worker:
 
     def _await_services(self) -> None:
         until = time.monotonic() + OUTAGE_S
-        for service in (self.policy, self.critic):
-            while service is not None and not service.session.connected:
+        services = (part for part in (self.policy, self.critic) if isinstance(part, RemotePolicy | RemoteCritic))
+        for service in services:
+            while not service.session.connected:
                 if time.monotonic() > until:
                     raise FleetError(f"{service.session.url}: no connection for {OUTAGE_S:.0f} s; start the service "
                                      "and run the same command again: finished recordings are kept")  # fmt: skip
                 time.sleep(0.05)
+
+
+def _local_policy(spec: RobotSpec, target: str, options: Mapping[str, Any]) -> Policy:
+    module, _, attribute = target.partition(":")
+    try:
+        factory = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FleetError(f"policy {target!r}: expected package.module:Class, cannot import it: {error}") from error
+    return cast(Policy, factory(spec, **options))
 
 
 def _path(job: Job, settings: FleetSettings) -> Path | None:
