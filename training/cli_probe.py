@@ -29,8 +29,12 @@ class Probe:
     episodes_per_task: int = 20
     first_seed: int = 90_000
     """Scenes; the default ones are for development, `recap evaluate` starts at 100000."""
+    robot: str = "metaworld"
+    """Name, or package.module:Class."""
     execute: int = 4
+    """Actions of a chunk before asking again."""
     workers: int = 2
+    """Robots at once, one process each."""
 
 
 def main(argv: list[str]) -> int:
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int:
             tasks=args.tasks,
             episodes_per_task=args.episodes_per_task,
             first_seed=args.first_seed,
+            robot=args.robot,
             execute=args.execute,
             workers=args.workers,
             on_result=show,

@@ -19,6 +19,7 @@ from recap_client.episode import EpisodeResult, LoopSettings
 from recap_client.fleet import FleetSettings, jobs_for, run_fleet
 from recap_client.policy import Chunk
 from recap_client.robots.base import Observation
+from recap_client.robots.registry import open_robot
 from recap_client.spec import RobotSpec
 from recap_model import conditioning
 from recap_model.manifest import read_manifest
@@ -124,6 +125,7 @@ def probe(
     tasks: Sequence[str],
     episodes_per_task: int,
     first_seed: int,
+    robot: str = "metaworld",
     execute: int = 4,
     workers: int = 2,
     on_result: Callable[[Variant, EpisodeResult], None] | None = None,
@@ -136,7 +138,7 @@ def probe(
     reports = {}
     for variant in variants:
         request = {
-            "checkpoint": manifest.hash, "tasks": list(tasks), "episodes_per_task": episodes_per_task,
+            "checkpoint": manifest.hash, "robot": robot, "tasks": list(tasks), "episodes_per_task": episodes_per_task,
             "first_seed": first_seed, "execute": execute, **asdict(variant),
         }  # fmt: skip
         path = out / variant.name / NAME
@@ -163,6 +165,7 @@ def _run(
 ) -> dict[str, Any]:
     options = {"checkpoint": str(checkpoint), "prompt": variant.prompt, "beta": variant.beta}
     settings = FleetSettings(
+        request["robot"],
         local=("training.probe:CheckpointPolicy", options),
         loop=LoopSettings(execute=request["execute"], realtime=False),
     )
@@ -170,15 +173,15 @@ def _run(
     results = run_fleet(
         jobs, settings, workers=workers, on_result=lambda r, _: on_result(variant, r) if on_result else None
     )
-    from recap_client.robots.metaworld import metaworld_spec
-
+    opened = open_robot(request["robot"])
     report = {
-        "schema": SCHEMA, "robot": "metaworld", "request": request,
+        "schema": SCHEMA, "robot": request["robot"], "request": request,
         "policy": {"name": checkpoint.name, "hash": request["checkpoint"], "conditioning": variant.prompt,
                    "beta": variant.beta},
         "realtime": False, "execute": request["execute"],
-        **statistics(results, metaworld_spec().control_hz),
+        **statistics(results, opened.spec.control_hz),
     }  # fmt: skip
+    opened.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

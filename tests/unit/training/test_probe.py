@@ -1,0 +1,139 @@
+"""The probe finds out whether a prompt steers: a policy trained to go right when positive and left when negative."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from model_factory import ROBOT, save_policy
+from recap_client.fleet import FleetError, FleetSettings, Job, run_fleet
+from recap_client.robots.base import Observation, StepResult
+from recap_model import cli
+from recap_model.manifest import publish, write_manifest
+from recap_model.normalize import NormStats
+from recap_model.spec import PolicySpec
+from recap_model.tokenizer import word_tokenizer
+from training.checkpoint import write_checkpoint
+from training.loader import FrameTable, Loader, Sampler
+from training.loop import fit
+from training.policy import Policy, PolicyConfig, policy_loss
+from training.presets import debug
+from training.probe import ProbeError, Variant, compare, probe
+
+SPEC = replace(ROBOT, robot="slider", state=ROBOT.state[:1], action=ROBOT.action[:1], cameras=ROBOT.cameras[:1],
+               tasks=("go",))  # fmt: skip
+
+
+class Slider:
+    """A cart on a rail that must reach +2; its camera shows noise."""
+
+    spec = SPEC
+
+    def prompt(self, task: str) -> str:
+        return task
+
+    def reset(self, task: str, seed: int) -> None:  # noqa: ARG002
+        self.x, self.steps, self.random = 0.0, 0, np.random.default_rng(seed)
+
+    def observe(self) -> Observation:
+        image = self.random.integers(0, 256, (64, 64, 3), np.uint8)
+        return Observation({SPEC.cameras[0].name: image}, np.array([self.x], np.float32), 0.0)
+
+    def act(self, action: np.ndarray) -> StepResult:
+        self.x, self.steps = self.x + float(np.clip(action[0], -1, 1)), self.steps + 1
+        done = self.x >= 2 or self.steps >= 12
+        return StepResult(done, self.x >= 2 if done else None, action)
+
+    def hold(self) -> StepResult:
+        return self.act(np.zeros(1, np.float32))
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    """A checkpoint of a policy trained on +0.5 in positive and -0.5 in negative frames."""
+    rng, count = np.random.default_rng(0), 256
+    indicator = rng.integers(0, 2, count).astype(np.int8)
+    action = np.where(indicator == 1, 0.5, -0.5)[:, None].astype(np.float32)
+    table = FrameTable(
+        rng.integers(0, 256, (count, 1, 64, 64, 3), np.uint8), rng.normal(0, 1, (count, 1)).astype(np.float32), action,
+        np.arange(1, count + 1), np.arange(count), np.zeros(count, np.int64), ("go",), indicator,
+        np.zeros(count, np.float32),
+    )  # fmt: skip
+    stats = {"state": NormStats.of(table.state), "action": NormStats.of(action)}
+    tokenizer, settings = word_tokenizer(("go",), 16), debug.policy()
+    language = replace(settings.language, vocabulary=16)
+    config = PolicyConfig(settings.vision, language, settings.expert, 1, 1, 1, 4, 16, 4)
+    policy = Policy(config, stats)
+    loader = Loader(table, tokenizer, chunk=4, dropout=0.2, shift=0, seed=0)
+    sampler = Sampler(np.arange(count), 32, 0)
+    folder = tmp_path_factory.mktemp("steered")
+    fit_settings = replace(settings.fit, steps=120, batch_size=32, optim=replace(settings.fit.optim, lr=5e-3, ema=0.9))
+    average = fit(policy, lambda step, generator: policy_loss(policy, loader(sampler(step), step), 2, generator),
+                  fit_settings, folder / "work", what="slider", identity={})  # fmt: skip
+    with publish(folder / "policy") as out:
+        write_checkpoint(out, average.shadow, config.to_json(), PolicySpec(SPEC, 4, 16), tokenizer, stats)
+        write_manifest(out, "policy")
+    return folder / "policy"
+
+
+EPISODES = {"tasks": ["go"], "episodes_per_task": 4, "first_seed": 5, "robot": "test_probe:Slider", "workers": 1}
+
+
+def test_a_steered_policy_succeeds_when_positive_and_fails_when_negative(steered, tmp_path):
+    reports = probe(steered, [Variant("positive"), Variant("positive", 2.0), Variant("negative")], tmp_path, **EPISODES)
+    rates = {name: report["overall"]["success_rate"] for name, report in reports.items()}
+    assert rates == {"positive": 1.0, "positive-beta-2": 1.0, "negative": 0.0}
+    steps = {name: report["overall"]["mean_steps"] for name, report in reports.items()}
+    assert steps["positive-beta-2"] < steps["positive"] < steps["negative"] == 12  # guidance goes beyond the data
+    ratio = compare(reports["negative"], reports["positive"])
+    assert ratio == (0.0, 0.0, 0.0)
+    written = json.loads((tmp_path / "negative" / "evaluation.json").read_text())
+    assert written == json.loads(json.dumps(reports["negative"])) and written["policy"]["conditioning"] == "negative"
+
+
+def test_a_variant_is_run_once_for_the_same_checkpoint_and_scenes(steered, tmp_path):
+    told = []
+    for _ in range(2):
+        probe(steered, [Variant("none")], tmp_path, **EPISODES, on_result=lambda _, result: told.append(result))
+    assert len(told) == 4
+    probe(steered, [Variant("none")], tmp_path, **{**EPISODES, "first_seed": 6},
+          on_result=lambda _, result: told.append(result))  # fmt: skip
+    assert len(told) == 8
+
+
+def test_the_command_prints_a_table_and_json(steered, tmp_path, capsys):
+    command = ["probe", str(steered), "--out", str(tmp_path), "--tasks", "go", "--episodes-per-task", "2", "--robot",
+               "test_probe:Slider", "--workers", "1"]  # fmt: skip
+    assert cli.main([*command, "--prompts", "positive", "negative"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["positive"]["success_rate"] == 1.0 and line["negative"] == {"success_rate": 0.0, "per_minute": 0.0,
+                                                                              "ratio": 0.0}  # fmt: skip
+
+
+def test_guidance_of_another_prompt_and_unknown_prompts_are_refused():
+    with pytest.raises(ProbeError, match=r"beta: expected 1, or more with the prompt 'positive', got 2\.0"):
+        Variant("negative", 2.0)
+    with pytest.raises(ProbeError, match=r"prompt: expected one of \['negative', 'none', 'positive'\], got 'good'"):
+        Variant("good")
+
+
+def test_evaluations_of_other_scenes_are_not_compared():
+    one = {"episodes": [{"task_name": "go", "seed": 1, "success": True, "steps": 3}]}
+    with pytest.raises(ProbeError, match="expected the same tasks and seeds"):
+        compare(one, {"episodes": [{**one["episodes"][0], "seed": 2}]})
+
+
+def test_a_checkpoint_of_another_robot_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="robot against"):
+        probe(save_policy(tmp_path / "other"), [Variant("positive")], tmp_path, **EPISODES)
+
+
+def test_a_local_policy_that_cannot_be_imported_is_named():
+    settings = FleetSettings("test_probe:Slider", local=("training.probe:Missing", {}))
+    with pytest.raises(FleetError, match=r"policy 'training\.probe:Missing': expected package\.module:Class"):
+        run_fleet([Job("go", 0)], settings)
+    with pytest.raises(FleetError, match="got both"):
+        FleetSettings(policy_url="ws://127.0.0.1:1/act", local=("a:b", {}))
