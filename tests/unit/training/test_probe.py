@@ -6,49 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model_factory import ROBOT, save_policy
+from model_factory import save_policy
 from recap_client.fleet import FleetError, FleetSettings, Job, run_fleet
-from recap_client.robots.base import Observation, StepResult
 from recap_model import cli
 from recap_model.manifest import publish, write_manifest
 from recap_model.normalize import NormStats
 from recap_model.spec import PolicySpec
 from recap_model.tokenizer import word_tokenizer
+from slider_robot import SPEC
 from training.checkpoint import write_checkpoint
 from training.loader import FrameTable, Loader, Sampler
 from training.loop import fit
 from training.policy import Policy, PolicyConfig, policy_loss
 from training.presets import debug
 from training.probe import ProbeError, Variant, compare, probe
-
-SPEC = replace(ROBOT, robot="slider", state=ROBOT.state[:1], action=ROBOT.action[:1], cameras=ROBOT.cameras[:1],
-               tasks=("go",))  # fmt: skip
-
-
-class Slider:
-    """A cart on a rail that must reach +2; its camera shows noise."""
-
-    spec = SPEC
-
-    def prompt(self, task: str) -> str:
-        return task
-
-    def reset(self, task: str, seed: int) -> None:  # noqa: ARG002
-        self.x, self.steps, self.random = 0.0, 0, np.random.default_rng(seed)
-
-    def observe(self) -> Observation:
-        image = self.random.integers(0, 256, (64, 64, 3), np.uint8)
-        return Observation({SPEC.cameras[0].name: image}, np.array([self.x], np.float32), 0.0)
-
-    def act(self, action: np.ndarray) -> StepResult:
-        self.x, self.steps = self.x + float(np.clip(action[0], -1, 1)), self.steps + 1
-        done = self.x >= 2 or self.steps >= 12
-        return StepResult(done, self.x >= 2 if done else None, action)
-
-    def hold(self) -> StepResult:
-        return self.act(np.zeros(1, np.float32))
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +50,7 @@ def steered(tmp_path_factory):
     return folder / "policy"
 
 
-EPISODES = {"tasks": ["go"], "episodes_per_task": 4, "first_seed": 5, "robot": "test_probe:Slider", "workers": 1}
+EPISODES = {"tasks": ["go"], "episodes_per_task": 4, "first_seed": 5, "robot": "slider_robot:Slider", "workers": 1}
 
 
 def test_a_steered_policy_succeeds_when_positive_and_fails_when_negative(steered, tmp_path):
@@ -106,7 +77,7 @@ def test_a_variant_is_run_once_for_the_same_checkpoint_and_scenes(steered, tmp_p
 
 def test_the_command_prints_a_table_and_json(steered, tmp_path, capsys):
     command = ["probe", str(steered), "--out", str(tmp_path), "--tasks", "go", "--episodes-per-task", "2", "--robot",
-               "test_probe:Slider", "--workers", "1"]  # fmt: skip
+               "slider_robot:Slider", "--workers", "1"]  # fmt: skip
     assert cli.main([*command, "--prompts", "positive", "negative"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["positive"]["success_rate"] == 1.0 and line["negative"] == {"success_rate": 0.0, "per_minute": 0.0,
@@ -132,7 +103,7 @@ def test_a_checkpoint_of_another_robot_is_refused(tmp_path):
 
 
 def test_a_local_policy_that_cannot_be_imported_is_named():
-    settings = FleetSettings("test_probe:Slider", local=("training.probe:Missing", {}))
+    settings = FleetSettings("slider_robot:Slider", local=("training.probe:Missing", {}))
     with pytest.raises(FleetError, match=r"policy 'training\.probe:Missing': expected package\.module:Class"):
         run_fleet([Job("go", 0)], settings)
     with pytest.raises(FleetError, match="got both"):
