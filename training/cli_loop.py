@@ -23,10 +23,13 @@ class Loop:
 
     out: Path
     """Folder of the run; the report will be OUT/report.html."""
-    preset: Literal["debug", "tiny"] = "tiny"
-    """debug: every stage at its smallest, minutes. tiny: the experiment, about an hour on two cores."""
+    preset: Literal["debug", "tiny", "study"] = "tiny"
+    """debug: every stage at its smallest, minutes. tiny: the experiment, about an hour on two cores. study: one run of
+    the evidence in docs/results.md, with every control and the prompts' probe."""
     iterations: int = 1
     """RECAP iterations after the first imitation policy."""
+    seed: int = 0
+    """Number of the run: other data, training noise and evaluation scenes for each."""
     plan: bool = False
     """Only print the commands that would run."""
 
@@ -36,10 +39,11 @@ def loop(argv: list[str]) -> int:
     args = tyro.cli(Loop, args=argv, prog="recap loop", description=Loop.__doc__)
     from importlib import import_module
 
+    from training.experiment.config import with_seed
     from training.experiment.loop import run_loop
     from training.experiment.stages import plan
 
-    config = import_module(f"training.presets.loop_{args.preset}").loop()
+    config = with_seed(import_module(f"training.presets.loop_{args.preset}").loop(), args.seed)
     stages = plan(config, args.iterations)
     console = Console(highlight=False)
     if args.plan:

@@ -18,8 +18,12 @@ _NAMES = {
     "sft": "imitation of the demonstrations",
     "recap": "RECAP",
     "imitation": "plain imitation, same data",
+    "successes": "imitation of the successful episodes",
     "filtered": "imitation of the positive frames",
+    "recap-negative": "RECAP, told negative",
+    "recap-none": "RECAP, told nothing",
 }
+_TRAINED = ("critic", "sft", "recap", "imitation", "successes", "filtered")
 
 
 class ReportError(ValueError):
@@ -77,7 +81,7 @@ def read_run(root: Path) -> Run:
     ]
     audits = {k: found for k in iterations if (found := _json(root / f"{k}/advantage/audit.json")) is not None}
     critics = {k: read_manifest(path).metrics for k in iterations if (path := root / f"{k}/critic").is_dir()}
-    checkpoints = [f"{k}/{name}" for k in iterations for name in ("critic", "sft", "recap", "imitation", "filtered")]
+    checkpoints = [f"{k}/{name}" for k in iterations for name in _TRAINED]
     curves = {name: rows for name in checkpoints if (rows := _lines(root / name / "metrics.jsonl"))}
     folders = [files for k in iterations if (files := tuple(sorted((root / f"{k}/rollouts").rglob("*.mcap"))))]
     return Run(root, str(description["config"]["name"]), tuple(arms), audits, critics, curves,

@@ -49,18 +49,35 @@ def plan(config: LoopConfig, iterations: int) -> tuple[Stage, ...]:
     stages = [*_bootstrap(config)]
     for k in range(1, iterations + 1):
         stages += _iteration(config, k)
-    shown = [arm.folder for arm in arms(config, iterations)] + [f"{k}/advantage" for k in range(1, iterations + 1)]
+    # a probe's output holds a folder for every arm
+    evaluated = dict.fromkeys("/".join(arm.folder.split("/")[:2]) for arm in arms(config, iterations))
+    shown = [*evaluated] + [f"{k}/advantage" for k in range(1, iterations + 1)]
     stages.append(Stage("report", ("report", "--run", "."), tuple(shown), ("report.html",)))
     return tuple(stages)
 
 
 def arms(config: LoopConfig, iterations: int) -> tuple[Arm, ...]:
     """Every evaluated policy, in order of evaluation."""
+    if config.judge == "probe":
+        return tuple(_probed_arms(config, iterations))
     found = [Arm("sft", 0, 1.0, "0/evaluation-sft", "0/sft")]
     for k in range(1, iterations + 1):
         found += [Arm("recap", k, beta, f"{k}/evaluation-{_arm(beta)}", f"{k}/recap") for beta in config.betas]
         found += [Arm(name, k, 1.0, f"{k}/evaluation-{name}", f"{k}/{name}") for name in config.controls]
     return tuple(found)
+
+
+def _probed_arms(config: LoopConfig, iterations: int) -> Iterator[Arm]:
+    """As `arms`, and the conditioned policy told `negative`, and told nothing."""
+    yield Arm("sft", 0, 1.0, "0/probe-sft/positive", "0/sft")
+    for k in range(1, iterations + 1):
+        for beta in config.betas:
+            folder = "positive" if beta == 1.0 else f"positive-beta-{beta:g}"
+            yield Arm("recap", k, beta, f"{k}/probe-recap/{folder}", f"{k}/recap")
+        for prompt in ("negative", "none"):
+            yield Arm(f"recap-{prompt}", k, 1.0, f"{k}/probe-recap/{prompt}", f"{k}/recap")
+        for name in config.controls:
+            yield Arm(name, k, 1.0, f"{k}/probe-{name}/positive", f"{k}/{name}")
 
 
 def describe(config: LoopConfig, iterations: int) -> dict[str, Any]:
@@ -81,7 +98,10 @@ def _bootstrap(config: LoopConfig) -> Iterator[Stage]:
     yield _critic(config, 0, folds=1)
     yield _policy(config, "0 sft", "0/sft", 0, "imitation", config.policy_steps)
     yield _export("0 export", "0/models", ("0/sft", "0/critic"))
-    yield _evaluate(config, arms(config, 1)[0], "0/models")
+    if config.judge == "probe":
+        yield _probe(config, "0 probe sft", "0/sft", "0/probe-sft")
+    else:
+        yield _evaluate(config, arms(config, 1)[0], "0/models")
 
 
 def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
@@ -94,7 +114,7 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
         (*collect, "--policy-url", "{policy_url}", "--value-url", "{value_url}", "--intervene", str(config.intervene)),
         (last,),
         (f"{k}/rollouts",),
-        Serve(last, critic=True),
+        Serve(last, config.collect_beta if k > 1 else 1.0, critic=True),
     )
     yield from _data(k, ("0/demonstrations", *(f"{i}/rollouts" for i in range(1, k + 1))))
     # from scratch: a critic started from iteration 0's would have seen the episodes that a fold holds out
@@ -106,17 +126,38 @@ def _iteration(config: LoopConfig, k: int) -> Iterator[Stage]:
         (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
         (f"{k}/advantage",),
     )  # fmt: skip
-    # all from the policy of iteration 0, on the same data, steps and seed: only what the labels do differs
-    yield _policy(config, f"{k} recap", f"{k}/recap", k, "recap", config.finetune_steps, init="0/sft")
-    for name in config.controls:
-        yield _policy(config, f"{k} {name}", f"{k}/{name}", k, name, config.finetune_steps, init="0/sft")
+    yield from _policies(config, k)
     guided = ("--guided",) if any(beta != 1.0 for beta in config.betas) else ()
     yield _export(f"{k} export", f"{k}/models", (f"{k}/recap", f"{k}/critic"), *guided)
+    if config.judge == "probe":
+        yield _probe(config, f"{k} probe recap", f"{k}/recap", f"{k}/probe-recap", config.betas, ("negative", "none"))
+        for name in config.controls:
+            yield _probe(config, f"{k} probe {name}", f"{k}/{name}", f"{k}/probe-{name}")
+        return
     for name in config.controls:
         yield _export(f"{k} export {name}", f"{k}/models-{name}", (f"{k}/{name}",))
     for arm in arms(config, k):
         if arm.iteration == k:
             yield _evaluate(config, arm, f"{k}/models" if arm.name == "recap" else f"{k}/models-{arm.name}")
+
+
+def _policies(config: LoopConfig, k: int) -> Iterator[Stage]:
+    """All from the policy of iteration 0, on the same data, steps and seed: only what the labels do differs."""
+    steps, options = config.finetune_steps, config.finetune
+    labels = {"recap": f"{k}/advantage", "filtered": f"{k}/advantage", "successes": f"{k}/outcomes"}
+    yield _policy(config, f"{k} recap", f"{k}/recap", k, "recap", steps, "0/sft", labels["recap"],
+                  (*options, *config.conditioned))  # fmt: skip
+    if "successes" in config.controls:
+        yield Stage(
+            f"{k} label outcomes",
+            ("label", "--dataset", f"{k}/dataset", "--returns", f"{k}/returns", "--values", f"{k}/values", "--out",
+             f"{k}/outcomes", "--mode", "outcome"),
+            (f"{k}/dataset", f"{k}/returns", f"{k}/values"),
+            (f"{k}/outcomes",),
+        )  # fmt: skip
+    for name in config.controls:
+        mode = "imitation" if name == "imitation" else "filtered"
+        yield _policy(config, f"{k} {name}", f"{k}/{name}", k, mode, steps, "0/sft", labels.get(name, ""), options)
 
 
 def _label_rules(config: LoopConfig) -> tuple[str, ...]:
@@ -147,23 +188,24 @@ def _critic(config: LoopConfig, k: int, *, folds: int) -> Stage:
                  (f"{k}/critic", f"{k}/values"))  # fmt: skip
 
 
-def _policy(config: LoopConfig, name: str, out: str, k: int, mode: str, steps: int | None, init: str = "") -> Stage:
-    labels = f"{k}/advantage" if mode != "imitation" else ""
-    command: tuple[str, ...] = (
-        "train",
-        "policy",
-        "--preset",
-        config.model,
-        "--dataset",
-        f"{k}/dataset",
-        "--mode",
-        mode,
-        "--out",
-        out,
-    )
+def _policy(
+    config: LoopConfig, name: str, out: str, k: int, mode: str, steps: int | None, init: str = "", labels: str = "",
+    options: tuple[str, ...] = (),
+) -> Stage:  # fmt: skip
+    command: tuple[str, ...] = ("train", "policy", "--preset", config.model, "--dataset", f"{k}/dataset", "--mode",
+                                mode, "--out", out)  # fmt: skip
     command += (("--labels", labels) if labels else ()) + (("--init", init) if init else ())
     inputs = tuple(path for path in (f"{k}/dataset", labels, init) if path)
-    return Stage(name, command + _budget(config, steps), inputs, (out,))
+    return Stage(name, command + _budget(config, steps) + options, inputs, (out,))
+
+
+def _probe(config: LoopConfig, name: str, checkpoint: str, out: str, betas: tuple[float, ...] = (1.0,),
+           prompts: tuple[str, ...] = ()) -> Stage:  # fmt: skip
+    what = ("--prompts", "positive", *prompts, "--betas", *(f"{beta:g}" for beta in betas))
+    where = ("--tasks", *config.tasks, "--episodes-per-task", str(config.evaluation), "--first-seed",
+             str(config.seeds.evaluation), "--workers", str(config.workers))  # fmt: skip
+    command = ("probe", checkpoint, "--out", out, *what, *where)
+    return Stage(name, command, (checkpoint,), (out,))
 
 
 def _budget(config: LoopConfig, steps: int | None) -> tuple[str, ...]:

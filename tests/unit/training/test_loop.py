@@ -15,13 +15,13 @@ import pytest
 
 from recap_model import cli
 from training.experiment import children
-from training.experiment.config import LoopConfig
+from training.experiment.config import LoopConfig, with_seed
 from training.experiment.loop import LoopError, Silent, locked, run_loop, run_stages
 from training.experiment.receipts import Receipts
 from training.experiment.stages import Serve, Stage, arms, describe, plan
-from training.presets import loop_debug, loop_tiny
+from training.presets import loop_debug, loop_study, loop_tiny
 
-CONFIGS = [loop_debug.loop(), loop_tiny.loop()]
+CONFIGS = [loop_debug.loop(), loop_tiny.loop(), loop_study.loop()]
 
 PROGRAM = """
 import http.server, pathlib, signal, sys, time, urllib.request
@@ -87,6 +87,16 @@ def go(stages, folder, program):
     return notes.seen
 
 
+def _scenes(stages):
+    """(phase, seed) of every episode that the stages collect or judge by."""
+    found = set()
+    for stage in stages:
+        if "--first-seed" in stage.command:
+            first = int(stage.command[stage.command.index("--first-seed") + 1])
+            found |= set(range(first, first + int(stage.command[stage.command.index("--episodes-per-task") + 1])))
+    return found
+
+
 class TestPlan:
     @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
     @pytest.mark.parametrize("iterations", [1, 2, 3])
@@ -134,6 +144,20 @@ class TestPlan:
         every = [*seeds["collect"], seeds["evaluate"][0]]
         assert len(set().union(*every)) == sum(len(part) for part in every)
 
+    def test_the_study_s_policies_differ_in_labels_and_balance_only_and_its_runs_share_no_scene(self):
+        stages = {stage.name: stage.command for stage in plan(CONFIGS[2], 2)}
+        recap, others = stages["2 recap"], [stages[f"2 {name}"] for name in CONFIGS[2].controls]
+        for command in others:
+            assert command[-2:] == ("--train", "no-vision") and "0/sft" in command and "2/dataset" in command
+        assert recap[-4:] == (*others[0][-2:], *CONFIGS[2].conditioned)
+        assert {command[command.index("--labels") + 1] for command in (recap, *others[1:])} == {
+            "2/advantage", "2/outcomes"
+        }  # fmt: skip
+        used = [_scenes(plan(with_seed(CONFIGS[2], number), 2)) for number in (0, 1, 2)]
+        assert not used[0] & used[1] and not used[1] & used[2] and not used[0] & used[2]
+        with pytest.raises(ValueError, match="seed: expected a number from 0 to 49"):
+            with_seed(CONFIGS[2], 50)
+
     def test_iteration_k_holds_all_data_so_far(self):
         commands = {stage.name: stage.command for stage in plan(CONFIGS[0], 2)}
         for folder_ in ("0/demonstrations", "1/rollouts", "2/rollouts"):
@@ -146,6 +170,10 @@ class TestPlan:
             replace(CONFIGS[0], rollouts=0)
         with pytest.raises(ValueError, match="betas"):
             replace(CONFIGS[0], betas=(2.0,))
+        with pytest.raises(ValueError, match="controls: expected some of"):
+            replace(CONFIGS[0], controls=("magic",))
+        with pytest.raises(ValueError, match="collect_beta: expected one of"):
+            replace(CONFIGS[0], collect_beta=3.0)
 
 
 class TestResume:
