@@ -56,6 +56,12 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> li
         dtype=torch.float16 if half and options.target != "torch" else torch.float32,
         attention="onnxruntime" if options.target == "onnx" else "matmul",
     )
+    distilled = graphs[0].files.manifest.parameters
+    if options.guided and distilled.get("mode") == "distilled":
+        raise ValueError(
+            f"{checkpoint}: expected no --guided for a distilled policy: the guidance of its teacher (beta "
+            f"{distilled.get('beta')}) is in its weights, and would be applied twice"
+        )
     if any(graph.name == "policy" for graph in graphs):
         # never beside a policy of another checkpoint: `recap serve --beta` would take it for this one's
         shutil.rmtree(out / "policy_guided", ignore_errors=True)

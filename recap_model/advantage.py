@@ -54,11 +54,16 @@ class Frames:
 class LabelRules:
     """How frames become positive or negative.
 
-    n: look-ahead in frames; None takes the whole rest of the episode (the pre-training form).
+    estimator: "n-step" (`advantage`) or "gae" (`gae`). n: look-ahead of n-step in frames; None takes the whole rest of
+    the episode (the pre-training form). gamma, lam: of gae.
     positive_fraction, demonstration_fraction: the share of autonomous frames of rollouts, and of frames of
     demonstrations, that the threshold leaves positive, per task.
-    threshold_over: "all" frames of the group, or those of its "successes".
-    mode: "computed" from the advantage; "expert" everything positive; "outcome" positive where the episode succeeded.
+    threshold_over: "all" frames of the group, or those of its "successes". threshold_scope: a threshold for every
+    "task", or one for the "dataset", which compares tasks of different lengths. threshold_rule: "above" labels what is
+    strictly above the threshold, at most the share; "percentile" what reaches numpy's percentile, ties included: with
+    "dataset" the rule of openpi forks.
+    mode: "computed" from the advantage; "expert" everything positive; "outcome" positive where the episode succeeded;
+    "imported": the indicators come from elsewhere, and `indicators` refuses.
     interventions: positive in "all" episodes, only in "successes", or "computed" like any other frame.
     negative_before_intervention: autonomous frames just before a takeover that are negative whatever their advantage.
     failures_negative: autonomous frames of failed episodes are negative whatever their advantage. Their C_fail cancels
@@ -69,15 +74,20 @@ class LabelRules:
     positive_fraction: float = 0.4
     demonstration_fraction: float = 0.3
     threshold_over: Literal["all", "successes"] = "all"
-    mode: Literal["computed", "expert", "outcome"] = "computed"
+    mode: Literal["computed", "expert", "outcome", "imported"] = "computed"
     interventions: Literal["all", "successes", "computed"] = "all"
     negative_before_intervention: int = 0
     failures_negative: bool = False
+    estimator: Literal["n-step", "gae"] = "n-step"
+    gamma: float = 1.0
+    lam: float = 0.95
+    threshold_scope: Literal["task", "dataset"] = "task"
+    threshold_rule: Literal["above", "percentile"] = "above"
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise AdvantageError(f"n: expected at least 1 frame (or none for the whole episode), got {self.n}")
-        for name in ("positive_fraction", "demonstration_fraction"):
+        for name in ("positive_fraction", "demonstration_fraction", "gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise AdvantageError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         if self.negative_before_intervention < 0:
@@ -103,13 +113,7 @@ def advantage(returns: ArrayLike, values: ArrayLike, rewards_normalised: ArrayLi
     throughout. `returns` are the clamped returns the critic was trained on, `rewards_normalised` are in the same unit.
     Raises ValueError on NaN, infinity or arrays of different lengths.
     """
-    target, value = finite(returns, "returns"), finite(values, "values")
-    reward = finite(rewards_normalised, "rewards")
-    if not target.shape == value.shape == reward.shape or target.ndim != 1 or not len(target):
-        raise AdvantageError(
-            f"advantage: expected returns, values and rewards of one shape [T], got {target.shape}, "
-            f"{value.shape} and {reward.shape}"
-        )
+    target, value, reward = _episode(returns, values, rewards_normalised)
     if n is not None and n < 1:
         raise AdvantageError(f"n: expected at least 1 frame, got {n}")
     length = len(target)
@@ -119,6 +123,47 @@ def advantage(returns: ArrayLike, values: ArrayLike, rewards_normalised: ArrayLi
         body = length - n
         result[:body] = cumulative[n:length] - cumulative[:body] + value[n:] - value[:body]
     return result
+
+
+def gae(
+    returns: ArrayLike, values: ArrayLike, rewards_normalised: ArrayLike, gamma: float = 1.0, lam: float = 0.95
+) -> Floats:
+    """Generalised advantage estimate at every frame of one episode, float64 [T] (arXiv 1506.02438, equation 16).
+
+    A_t = d_t + gamma lam A_{t+1} with d_t = r_t + gamma V_{t+1} - V_t, and d_{T-1} = R_{T-1} - V_{T-1}: what the last
+    frame is compared with is the return that the critic learned for it, 0 after a success and -1 (or -C_fail / T_max)
+    after a failure, never a bare 0. So no failure ends above what its own target says.
+    lam = 0 is the one-step advantage, gamma = lam = 1 the whole rest of the episode before the clamp of the returns.
+    The critic's values are undiscounted: gamma < 1 adds (1 - gamma) |V_{t+1}| to every d_t, most where the robot is
+    furthest from success. Arrays and errors as in `advantage`.
+    """
+    target, value, reward = _episode(returns, values, rewards_normalised)
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise AdvantageError(f"{name}: expected a number in [0, 1], got {number}")
+    result = target - value
+    result[:-1] = reward[:-1] + gamma * value[1:] - value[:-1]
+    for t in range(len(result) - 2, -1, -1):
+        result[t] += gamma * lam * result[t + 1]
+    return result
+
+
+def estimate(returns: ArrayLike, values: ArrayLike, rewards_normalised: ArrayLike, rules: LabelRules) -> Floats:
+    """The advantage of one episode by the estimator of `rules`, float64 [T]."""
+    if rules.estimator == "gae":
+        return gae(returns, values, rewards_normalised, rules.gamma, rules.lam)
+    return advantage(returns, values, rewards_normalised, rules.n)
+
+
+def _episode(returns: ArrayLike, values: ArrayLike, rewards: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """The three as finite arrays of one shape [T]."""
+    target, value, reward = finite(returns, "returns"), finite(values, "values"), finite(rewards, "rewards")
+    if not target.shape == value.shape == reward.shape or target.ndim != 1 or not len(target):
+        raise AdvantageError(
+            f"advantage: expected returns, values and rewards of one shape [T], got {target.shape}, "
+            f"{value.shape} and {reward.shape}"
+        )
+    return target, value, reward
 
 
 def threshold(advantages: ArrayLike, positive_fraction: float) -> float:
@@ -136,11 +181,13 @@ def threshold(advantages: ArrayLike, positive_fraction: float) -> float:
 
 
 def thresholds(frames: Frames, advantages: Floats, rules: LabelRules) -> Floats:
-    """Every frame's threshold, float64 [F]: one per (task, demonstration) group, over its autonomous frames."""
+    """Every frame's threshold, float64 [F]: per (task, demonstration) group, over its autonomous frames; one for all
+    tasks with threshold_scope "dataset"."""
     result = np.zeros(len(frames))
-    for task in sorted(set(frames.task)):
+    tasks = [frames.task == task for task in sorted(set(frames.task))]
+    for task in tasks if rules.threshold_scope == "task" else [np.ones(len(frames), bool)]:
         for demonstration in (False, True):
-            group = (frames.task == task) & (frames.demonstration == demonstration)
+            group = task & (frames.demonstration == demonstration)
             if group.any():
                 share = rules.demonstration_fraction if demonstration else rules.positive_fraction
                 result[group] = _group_threshold(frames, advantages, group, share, rules)
@@ -155,8 +202,11 @@ def _group_threshold(
         own = group
     if rules.threshold_over == "successes":
         if not (own & frames.success).any():
-            return threshold(advantages[own], 0.0)  # no success in this group: nothing in it is above
+            top = threshold(advantages[own], 0.0)  # no success in this group: nothing in it is positive
+            return float(np.nextafter(top, np.inf)) if rules.threshold_rule == "percentile" else top
         own = own & frames.success
+    if rules.threshold_rule == "percentile":
+        return float(np.percentile(advantages[own], 100.0 - 100.0 * share))
     return threshold(advantages[own], share)
 
 
@@ -166,13 +216,15 @@ def indicators(frames: Frames, advantages: ArrayLike, rules: LabelRules) -> Labe
     advantage_ = finite(advantages, "advantages")
     if advantage_.shape != (len(frames),):
         raise AdvantageError(f"advantages: expected shape ({len(frames)},), got {advantage_.shape}")
+    if rules.mode == "imported":
+        raise AdvantageError("mode: expected computed, expert or outcome, got imported: there is nothing to compute")
     limit = thresholds(frames, advantage_, rules)
     source = np.full(len(frames), "computed", dtype=object)
     if rules.mode != "computed":
         positive = frames.success.copy() if rules.mode == "outcome" else np.ones(len(frames), bool)
         source[:] = rules.mode
         return Labels(_as_indicator(positive), limit, source)
-    positive = advantage_ > limit
+    positive = advantage_ >= limit if rules.threshold_rule == "percentile" else advantage_ > limit
     if rules.failures_negative:
         lost = ~frames.success & ~frames.intervention
         positive[lost], source[lost] = False, "outcome"

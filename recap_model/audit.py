@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recap_model.advantage import Frames, LabelRules, Labels
-from recap_model.conditioning import POSITIVE
+from recap_model.conditioning import NONE, POSITIVE
 from recap_model.returns import Floats
 
 FAILED_POSITIVE_LIMIT = 0.10
@@ -32,7 +32,8 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Counts of frames of one kind; share = positive / frames; advantage = mean over these frames."""
+    """Counts of frames of one kind; share = positive / frames; advantage = mean over these frames, None where labels
+    were imported without; none = frames without an indicator."""
 
     task: str
     demonstration: bool
@@ -41,11 +42,12 @@ class Row:
     episodes: int
     frames: int
     positive: int
-    advantage: float
+    advantage: float | None
+    none: int = 0
 
     @property
     def negative(self) -> int:
-        return self.frames - self.positive
+        return self.frames - self.positive - self.none
 
     @property
     def share(self) -> float:
@@ -89,7 +91,8 @@ def audit(frames: Frames, advantages: Floats, labels: Labels, rules: LabelRules)
                         len(np.unique(frames.episode[mask])),
                         int(mask.sum()),
                         int(positive[mask].sum()),
-                        float(advantages[mask].mean()),
+                        float(advantages[mask].mean()) if np.isfinite(advantages[mask]).all() else None,
+                        int((labels.indicator[mask] == NONE).sum()),
                     )
                 )
     failed = float((positive & ~frames.success).sum() / max(1, positive.sum()))
@@ -114,27 +117,47 @@ def _warnings(
         )
     if not positive.any():
         yield "no frame is positive: the policy is served with `positive`, which it would never have seen"
-    elif positive.all() and rules.mode == "computed":
+    elif positive.all() and rules.mode in ("computed", "imported"):
         yield "every frame is positive: the indicator carries no information"
+    if (bare := float((labels.indicator == NONE).mean())) > 0:
+        yield f"{bare:.0%} of the frames have no indicator: the policy is trained on them without the advantage clause"
     if rules.mode != "computed":
         return
+    yield from _rule_warnings(labels, positive, rules)
     for task in sorted(set(frames.task)):
         for demonstration, asked in ((False, rules.positive_fraction), (True, rules.demonstration_fraction)):
             group = (frames.task == task) & (frames.demonstration == demonstration) & (labels.source == "computed")
             got = float(positive[group].mean()) if group.any() else asked
-            if rules.threshold_over == "all" and not rules.failures_negative and got < asked / 2 and group.sum() >= 20:
+            whole = rules.threshold_over == "all" and rules.threshold_scope == "task" and not rules.failures_negative
+            if whole and got < asked / 2 and group.sum() >= 20:
                 kind = "demonstrations" if demonstration else "rollouts"
                 yield (
                     f"task {task!r}: {got:.0%} of the {kind} are positive where {asked:.0%} were asked for: many "
                     "equal advantages, so the critic does not tell these frames apart"
                 )
-    if rules.n is not None:
+    if rules.n is not None and rules.estimator == "n-step":
         short = np.array([rows.stop - rows.start <= rules.n for rows in frames.episodes()])
         if short.mean() > 0.5:
             yield (
                 f"{short.mean():.0%} of the episodes are no longer than n = {rules.n} frames: their advantages use "
                 "no look-ahead value"
             )
+
+
+def _rule_warnings(labels: Labels, positive: NDArray[np.bool_], rules: LabelRules) -> Iterable[str]:
+    """What the choice of rules does whatever the data are."""
+    if rules.estimator == "gae" and rules.gamma < 1:
+        yield (
+            f"gamma {rules.gamma:g}: the critic's values are not discounted, so frames far from success (V near -1) "
+            f"gain {1 - rules.gamma:.2g} a step for nothing: use --gamma 1"
+        )
+    computed = labels.source == "computed"
+    got = float(positive[computed].mean()) if computed.any() else 0.0
+    if rules.threshold_rule == "percentile" and got > 1.25 * max(rules.positive_fraction, rules.demonstration_fraction):
+        yield (
+            f"{got:.0%} of the compared frames are positive where {rules.positive_fraction:.0%} were asked for: equal "
+            "advantages at the threshold all count; --threshold-rule above leaves them out"
+        )
 
 
 def render_html(result: Audit, *, title: str) -> str:
@@ -162,7 +185,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.positive),
         str(row.negative),
         f"{row.share:.0%}",
-        f"{row.advantage:+.3f}",
+        "-" if row.advantage is None else f"{row.advantage:+.3f}",
     )
 
 

@@ -16,10 +16,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "loop": ("training.cli_loop:loop", "the whole circle in simulation: collect ... evaluate, resumable"),
     "collect": ("training.evaluate:collect", "record episodes of the simulated robot (script or served policy)"),
     "ingest": ("training.cli_data:ingest", "rollouts (MCAP) -> LeRobot dataset with the RECAP columns"),
+    "data merge": ("training.cli_data_tools:merge", "datasets of one robot -> one dataset, with provenance"),
+    "data convert": ("training.cli_data_tools:convert", "LeRobot v2.1 dataset -> v3.0 copy"),
+    "data stats": ("training.cli_data_tools:stats", "mean, std, min, max, quantiles of every dimension"),
+    "data check": ("training.cli_data_tools:check", "everything that is wrong with a dataset, in one list"),
+    "data view": ("training.cli_view:view", "dataset, with labels or without -> one page to look at its episodes"),
     "returns": ("training.cli_data:returns", "dataset -> normalised return of every frame"),
     "train critic": ("training.cli:critic", "dataset + returns -> distributional value model"),
+    "values": ("training.cli_values:values", "critic -> value of every frame, in parts that processes share"),
     "label": ("training.cli_data:label", "critic -> values, advantages, indicators, and their audit"),
+    "label preview": ("training.cli_view:label_preview", "labels -> film and contact sheet of what is positive"),
+    "fit-fast": ("training.cli_fast:main", "dataset -> FAST action tokenizer, for `recap train policy --fast`"),
     "train policy": ("training.cli:policy", "dataset + labels -> advantage-conditioned policy"),
+    "distill": ("training.cli_distill:distill", "policy -> one-step policy with guidance baked in"),
+    "distill gate": ("training.cli_distill:gate", "student against teacher in closed loop: PASSED or FAILED"),
     "import-lerobot": ("training.cli_lerobot:import_lerobot", "LeRobot SmolVLA folder or hub name -> checkpoint"),
     "export-lerobot": (
         "training.cli_lerobot:export_lerobot",
@@ -28,7 +38,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("exporters.cli:export", "checkpoint -> model repository with a parity receipt"),
     "serve": ("services.cli:serve", "policy and critic services on a model repository"),
     "evaluate": ("training.evaluate:evaluate", "success rate and throughput of a policy in simulation"),
+    "offline": ("training.cli_view:offline", "policy against recorded actions, by label and by prompt"),
     "probe": ("training.cli_probe:main", "one checkpoint in simulation under every prompt: positive, negative, none"),
+    "pool": ("training.cli_pool:main", "several runs of a loop as one body of evidence, with intervals"),
     "report": ("training.report:main", "report.html of a finished or running loop"),
     "bench": ("services.cli:bench", "latency of the services on this machine"),
     "bench engine": ("benchmarks.engine:main", "every engine on the same model, beside LeRobot and the roofline"),
@@ -37,12 +49,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # imported package -> extra of recap-stack that brings it
 EXTRAS: dict[str, str] = {
     **dict.fromkeys(("fastapi", "uvicorn", "starlette", "onnxruntime", "prometheus_client", "structlog"), "serve"),
+    **dict.fromkeys(("grpc", "zmq"), "fronts"),
     **dict.fromkeys(("metaworld", "mujoco", "gymnasium"), "sim"),
     **dict.fromkeys(("matplotlib", "av"), "report"),
     **dict.fromkeys(
         ("torch", "lerobot", "transformers", "huggingface_hub", "safetensors", "pyarrow", "onnx", "onnxscript"), "train"
     ),
-    **dict.fromkeys(("tensorboard", "scipy", "datasets", "wandb"), "train"),
+    **dict.fromkeys(("tensorboard", "scipy", "datasets", "wandb", "peft"), "train"),
 }
 
 
@@ -128,7 +141,7 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     extra = EXTRAS.get(package)
     if extra is None:
         return None
-    verb = "make install" if extra == "train" else "make install-demo"
+    verb = "make install" if extra in ("train", "fronts") else "make install-demo"
     return (
         f"needs the Python package {package!r}, which this environment ({sys.prefix}) does not have; "
         f"install it with `{verb}` or `pip install 'recap-stack[{extra}]'`"

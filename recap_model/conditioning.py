@@ -4,6 +4,8 @@ The clause stands after the task and before the actions, so that only the likeli
 Training draws the dropout in `training/loader.py`; services call `positive_prompt` and nothing else.
 """
 
+from collections.abc import Sequence
+
 POSITIVE = 1
 NEGATIVE = 0
 NONE = -1
@@ -16,6 +18,12 @@ def prompt(task: str, indicator: int) -> str:
     if indicator not in _CLAUSE:
         raise ValueError(f"indicator: expected 1 (positive), 0 (negative) or -1 (none), got {indicator!r}")
     return f"{task.strip()}\n{_CLAUSE[indicator]}"
+
+
+def with_names(task: str, state: Sequence[str], action: Sequence[str]) -> str:
+    """The task, and what the robot's numbers are called. It takes the task's place in `prompt` for a policy trained
+    with `--names-in-prompt`, which can then tell several robots apart."""
+    return f"{task.strip()}\nState: {', '.join(state)}\nAction: {', '.join(action)}"
 
 
 def positive_prompt(task: str) -> str:

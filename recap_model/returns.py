@@ -84,6 +84,16 @@ def t_max_per_task(
     return result
 
 
+def unsolved_warnings(successes: Sequence[bool], tasks: Sequence[str]) -> list[str]:
+    """Tasks without a success (one entry per episode in each sequence): nothing in their returns tells frames apart."""
+    return [
+        f"task {task!r}: none of {tasks.count(task)} episodes succeeds: all its returns are those of failures, T_max "
+        "is its longest episode"
+        for task in sorted(set(tasks))
+        if not any(won for won, name in zip(successes, tasks, strict=True) if name == task)
+    ]
+
+
 def failure_warnings(t_max: Mapping[str, float], c_fail: float | None) -> list[str]:
     """Tasks for which a quick failure can be worth more than a slow success: C_fail below T_max."""
     if c_fail is None:

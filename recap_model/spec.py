@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from recap_client.spec import RobotSpec, SpecError
+from recap_model.conditioning import with_names
 
 
 @dataclass(frozen=True)
 class PolicySpec:
     """A policy: robot spec plus chunk length and text width.
 
-    chunk: actions per reply, at `robot.control_hz`. max_tokens: prompt length after padding.
+    chunk: actions per reply, at `robot.control_hz`. max_tokens: prompt length after padding. names_in_prompt: behind
+    the task, the prompt names the entries of state and action.
     """
 
     robot: RobotSpec
     chunk: int
     max_tokens: int
     family: str = "smolvla"
+    names_in_prompt: bool = False
 
     kind = "policy"
+
+    def text(self, task: str) -> str:
+        """What takes the task's place in the prompt: the task, with the robot's names where the policy reads them."""
+        if not self.names_in_prompt:
+            return task
+        return with_names(task, [dim.name for dim in self.robot.state], [dim.name for dim in self.robot.action])
 
 
 @dataclass(frozen=True)

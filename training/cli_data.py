@@ -1,6 +1,6 @@
 """`recap ingest`, `recap returns`, `recap label`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,20 +119,40 @@ class Label:
     """Label every frame by its advantage over the critic, and audit the labels."""
 
     dataset: Path
-    returns: Path
-    """Folder of `recap returns`."""
-    values: Path
-    """Folder of values that `recap train critic --values-out` wrote."""
     out: Path
     """Label folder to publish, for example labels/first/advantage; audit.html lies in it."""
+    returns: Path | None = None
+    """Folder of `recap returns`."""
+    values: Path | None = None
+    """Folder of values that `recap train critic --values-out` wrote."""
+    from_column: str | None = None
+    """A column of the dataset in place of --values. Text (positive, negative, none, as in `adv_ind`) is imported as it
+    is; numbers in [-1, 0] are a critic's values."""
+    reward_column: str | None = None
+    """With values from a column: the column with rewards (`reward_label`) in place of --returns."""
+    export_adv_ind: Path | None = None
+    """Also write the labels as a parquet file: episode_index, frame_index, adv_ind (positive, negative, none)."""
+    preview: Path | None = None
+    """Also write a film (.mp4) and a contact sheet (.png) of the most positive, borderline and most negative frames."""
+    estimator: Literal["n-step", "gae"] = "n-step"
+    """gae: a weighted mean over all look-aheads, by --gamma and --lam, in place of --n."""
     n: int | Literal["episode"] = 50
     """Look-ahead in frames (N); `episode` compares with the whole rest of the episode."""
+    gamma: float = 1.0
+    """Discount of gae. The critic's values are not discounted, so below 1 standing still pays; there is a warning."""
+    lam: float = 0.95
+    """Weight of longer look-aheads in gae: 0 is one step, 1 the whole rest of the episode."""
     positive_fraction: float = 0.4
     """Share of autonomous rollout frames that becomes positive, per task."""
     demonstration_fraction: float = 0.3
     """Share of demonstration frames that becomes positive, per task."""
     threshold_over: Literal["all", "successes"] = "all"
     """Frames that the share is of: all, or those of successful episodes."""
+    threshold_scope: Literal["task", "dataset"] = "task"
+    """A threshold for every task, or one for all of them."""
+    threshold_rule: Literal["above", "percentile"] = "above"
+    """above: strictly above the threshold, at most the share. percentile: at or above numpy's percentile, as in openpi
+    forks."""
     mode: Literal["computed", "expert", "outcome"] = "computed"
     """expert: everything positive. outcome: positive where the episode succeeded (baseline)."""
     interventions: Literal["all", "successes", "computed"] = "all"
@@ -148,21 +168,37 @@ def label(argv: list[str]) -> int:
     args = tyro.cli(Label, args=argv, prog="recap label", description=Label.__doc__)
     from recap_model.advantage import LabelRules
     from training.dataset import open_dataset
-    from training.labels import make_labels
+    from training.label_import import export_adv_ind, label_from_column
+    from training.labels import LabelError, load_labels, make_labels
 
     rules = LabelRules(
         n=None if args.n == "episode" else args.n,
-        positive_fraction=args.positive_fraction,
-        demonstration_fraction=args.demonstration_fraction,
-        threshold_over=args.threshold_over,
-        mode=args.mode,
-        interventions=args.interventions,
-        negative_before_intervention=args.negative_before_intervention,
-        failures_negative=args.failures_negative,
+        **{field.name: getattr(args, field.name) for field in fields(LabelRules) if field.name != "n"},
     )
-    _, result = make_labels(open_dataset(args.dataset), args.returns, args.values, args.out, rules)
+    if args.from_column is not None and args.values is not None:
+        raise LabelError("expected either --values FOLDER or --from-column NAME, got both")
+    dataset = open_dataset(args.dataset)
+    if args.from_column is not None:
+        _, result = label_from_column(
+            dataset, args.from_column, args.out, rules, returns=args.returns, reward_column=args.reward_column
+        )
+    elif args.returns is None or args.values is None or args.reward_column is not None:
+        raise LabelError(
+            "expected --returns FOLDER and --values FOLDER; or --from-column NAME for labels or values that lie in the "
+            "dataset, then with --returns or --reward-column if they are values"
+        )
+    else:
+        _, result = make_labels(dataset, args.returns, args.values, args.out, rules)
     print_audit(Console(), result)
     print(f"{args.out}: labels, audit.html")
+    if args.export_adv_ind is not None:
+        export_adv_ind(load_labels(args.out, dataset), dataset, args.export_adv_ind)
+        print(f"{args.export_adv_ind}: adv_ind of {dataset.frames} frames")
+    if args.preview is not None:
+        from training.preview import write_preview
+
+        write_preview(dataset, load_labels(args.out, dataset), args.preview)
+        print(f"{args.preview}: preview of the labels")
     return 0
 
 

@@ -4,7 +4,7 @@ Data comes from many recorders, so each fact is read under every name in use; fa
 error that names both columns, never a silent choice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ OUTCOME_COLUMNS = ("success", "next.success", "is_success", "episode_success")
 
 REWARD_COLUMNS = ("next.reward", "reward")
 EXTRA_COLUMNS = ("next.done", "is_terminal", "reasoning", "action_is_pad", "reward_label", "value_label", "adv_ind")
+LOSS_MASK = "loss_mask_"
+"""Prefix of the columns that say, frame by frame, whether a group of action dimensions (an arm) is learned: 1 or 0."""
 
 
 class DatasetError(ValueError):
@@ -75,6 +77,22 @@ def flags(column: str, values: NDArray[Any]) -> NDArray[np.bool_]:
     if bad.size:
         raise DatasetError(f"column {column!r}: expected 0 or 1, got {data[bad[0]]} in row {bad[0]}")
     return data > 0
+
+
+def extra_columns(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that an episode carries along as it finds them."""
+    return tuple(name for name in names if name in EXTRA_COLUMNS or name.startswith(LOSS_MASK))
+
+
+def padding(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """The column `action_is_pad` as bool: [F], or [F, H] where a frame has one flag for each step of its chunk."""
+    if values.dtype == object:  # lists of booleans
+        sizes = sorted({np.size(value) for value in values})
+        if len(sizes) != 1:
+            raise DatasetError(f"column 'action_is_pad': expected chunks of one length, got the lengths {sizes}")
+        values = np.array([np.asarray(value) for value in values])
+    flat = flags("action_is_pad", values)
+    return flat.reshape(len(values), -1) if values.size > len(values) else flat
 
 
 def require_finite(

@@ -31,7 +31,7 @@ Images = dict[str, NDArray[np.uint8]]
 class Episode:
     """One episode of T frames. state float32 [T, S], action float32 [T, A] in physical units; intervention bool [T];
     reward float32 [T] or None as recorded; success None where the dataset does not say; extra: further per-frame
-    columns [T] under their own names (`columns.EXTRA_COLUMNS`)."""
+    columns [T] under their own names (`columns.extra_columns`)."""
 
     index: int
     task: str
@@ -88,6 +88,7 @@ def open_dataset(root: Path | str) -> Dataset:
     starts = _episode_starts(root, data)
     spec = _spec(root, info)
     _require_vectors(root, data, spec)
+    _require_cameras(root, spec, pictures, lerobot_files.column_names(files))
     stops = [*starts[1:].tolist(), len(data["episode_index"])]
     outcomes = _outcomes(data, table, starts)
     tasks = lerobot_files.read_tasks(root)
@@ -110,7 +111,7 @@ def open_dataset(root: Path | str) -> Dataset:
                 success=outcomes[number],
                 reward=None if reward is None else reward[rows].astype(np.float32),
                 fps=float(info["fps"]),
-                extra={name: data[name][rows] for name in columns.EXTRA_COLUMNS if name in data},
+                extra={name: data[name][rows] for name in columns.extra_columns(data)},
                 decode=_Decoder(root, info, pictures, images, table, number, start, stop),
             )
         )
@@ -139,16 +140,18 @@ class _Decoder:
         }
 
     def _video(self, name: str) -> NDArray[np.uint8]:
-        from lerobot.datasets.video_utils import decode_video_frames
-
         def cell(what: str) -> Any:
             return self.table[f"videos/{name}/{what}"][self.number]
 
         path = self.root / self.info["video_path"].format(
             video_key=name, chunk_index=int(cell("chunk_index")), file_index=int(cell("file_index"))
         )
+        if not path.is_file():
+            raise DatasetError(f"{path}: expected the video of {name}, got no such file; see `recap data check`")
         fps = float(self.info["fps"])
         times = [float(cell("from_timestamp")) + frame / fps for frame in range(self.stop - self.start)]
+        from lerobot.datasets.video_utils import decode_video_frames
+
         frames = decode_video_frames(path, times, tolerance_s=0.5 / fps, return_uint8=True)
         return np.ascontiguousarray(frames.numpy().transpose(0, 2, 3, 1))
 
@@ -187,6 +190,15 @@ def _task(root: Path, tasks: Mapping[int, str], index: int) -> str:
     if index not in tasks:
         raise DatasetError(f"{root}: task_index {index}: expected one of {sorted(tasks)} (meta/tasks.parquet)")
     return tasks[index]
+
+
+def _require_cameras(root: Path, spec: RobotSpec, pictures: Mapping[str, str], stored: set[str]) -> None:
+    for camera in spec.camera_names:
+        kind = pictures.get(IMAGES + camera)
+        if kind is None or (kind == "image" and IMAGES + camera not in stored):
+            where = f"{SPEC_FILE}: expected frames of camera" if kind is None else "data: expected images of camera"
+            got = sorted(name.removeprefix(IMAGES) for name in pictures if name in stored or pictures[name] == "video")
+            raise DatasetError(f"{root}: {where} {camera!r}, got cameras {got}; see `recap data check`")
 
 
 def _require_vectors(root: Path, data: dict[str, NDArray[Any]], spec: RobotSpec) -> None:

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from recap_model import advantage as adv
 from recap_model import returns as ret
 from recap_model.audit import Audit, audit, render_html
-from recap_model.manifest import Manifest, publish, read_manifest, require_parent, verify, write_manifest
+from recap_model.manifest import Manifest, read_manifest, require_parent
 from recap_model.returns import Floats
-from training.dataset import Dataset
+from training.dataset import Dataset, Episode
+from training.label_files import Columns, publish_labels, read_labels
+from training.label_files import LabelError as LabelError
 
-FORMULA = "A_t = r_t + ... + r_{t+n-1} + V_{t+n} - V_t; R_t - V_t where t + n >= T"
-
-
-class LabelError(ValueError):
-    """Labels cannot be made or do not fit the dataset."""
+FORMULAS = {
+    "n-step": "A_t = r_t + ... + r_{t+n-1} + V_{t+n} - V_t; R_t - V_t where t + n >= T",
+    "gae": "A_t = d_t + gamma lam A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t; d_t = R_t - V_t at the last frame",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class LabelledValues:
 
 @dataclass(frozen=True)
 class LabelledFrames:
-    """What the policy's loader needs, each [F]: returns, values, advantage, threshold float64; indicator int8 (1, 0, or
-    -1 for none); source object (str); hash: of the label folder."""
+    """What the policy's loader needs, each [F]: returns, values, advantage, threshold float64 (NaN where the indicators
+    were imported); indicator int8 (1, 0, or -1 for none); source object (str); hash: of the label folder."""
 
     returns: Floats
     values: Floats
@@ -90,25 +91,25 @@ def make_returns(
         "episodes": len(lengths),
         "frames": dataset.frames,
         "successes": sum(successes),
-        "warnings": ret.failure_warnings(t_max, c_fail),
+        "warnings": ret.failure_warnings(t_max, c_fail) + ret.unsolved_warnings(successes, tasks),
     }
-    data: dict[str, NDArray[Any]] = {name: np.concatenate(parts) for name, parts in columns.items()}
+    data: Columns = {name: np.concatenate(parts) for name, parts in columns.items()}
     data["success"] = np.repeat(np.array(successes, bool), lengths)
-    return _publish(out, "returns", *dataset.keys(), data, {"dataset": dataset.hash}, parameters, metrics)
+    return publish_labels(out, "returns", *dataset.keys(), data, {"dataset": dataset.hash}, parameters, metrics)
 
 
 def outcomes(dataset: Dataset, *, all_successful: bool = False) -> list[bool]:
     """Every episode's outcome. Raises LabelError naming what is missing unless all are declared successful."""
-    known = [episode.success for episode in dataset.episodes]
+    known = known_outcomes(dataset)
     if all_successful:
-        failed = [episode.index for episode in dataset.episodes if episode.success is False]
+        failed = [episode.index for episode, success in zip(dataset.episodes, known, strict=True) if success is False]
         if failed:
             raise LabelError(
                 f"{dataset.root}: --all-successful contradicts the data: {len(failed)} episodes are "
                 f"recorded as failures, the first is {failed[0]}"
             )
         return [True] * len(known)
-    missing = [episode.index for episode in dataset.episodes if episode.success is None]
+    missing = [episode.index for episode, success in zip(dataset.episodes, known, strict=True) if success is None]
     if missing:
         raise LabelError(
             f"{dataset.root}: {len(missing)} of {len(known)} episodes have no outcome (the first is "
@@ -118,9 +119,20 @@ def outcomes(dataset: Dataset, *, all_successful: bool = False) -> list[bool]:
     return [bool(success) for success in known]
 
 
+def known_outcomes(dataset: Dataset) -> list[bool | None]:
+    """Outcomes as the dataset says them; where it does not, by the openpi-fork column `value_label`, whose last value
+    is near 0 after a success and the penalty -1 after a failure."""
+    return [episode.success if episode.success is not None else _labelled(episode) for episode in dataset.episodes]
+
+
+def _labelled(episode: Episode) -> bool | None:
+    last = np.ravel(episode.extra["value_label"])[-1] if "value_label" in episode.extra else None
+    return None if last is None or not np.isfinite(last) else bool(last > -0.5)
+
+
 def load_returns(folder: Path, dataset: Dataset) -> LabelledReturns:
     """Returns of every frame of `dataset`; refuses a folder made from another dataset."""
-    manifest, data = _load(folder, "returns", dataset)
+    manifest, data = read_labels(folder, "returns", dataset)
     return LabelledReturns(
         ret.finite(data["return"], f"{folder}: return"), data["reward"], manifest.parameters["t_max"], manifest.hash
     )
@@ -145,12 +157,12 @@ def write_values(
         raise LabelError(f"values: expected numbers in [-1, 0], got {values.min()} to {values.max()}")
     parents = {"dataset": dataset_hash, "critic": critic_hash} | ({"returns": returns_hash} if returns_hash else {})
     data = {"value": values, "fold": np.asarray(fold, np.int64)}
-    return _publish(out, "values", episode_index, frame_index, data, parents, parameters or {}, metrics or {})
+    return publish_labels(out, "values", episode_index, frame_index, data, parents, parameters or {}, metrics or {})
 
 
 def read_values(folder: Path, dataset: Dataset) -> LabelledValues:
     """Values of every frame of `dataset`; refuses a folder made from another dataset."""
-    manifest, data = _load(folder, "values", dataset)
+    manifest, data = read_labels(folder, "values", dataset)
     return LabelledValues(
         ret.finite(data["value"], f"{folder}: value"), data["fold"], manifest.parents.get("critic", ""), manifest.hash
     )
@@ -161,22 +173,43 @@ def make_labels(
 ) -> tuple[Manifest, Audit]:
     """Publish advantage, threshold, indicator and source of every frame at `out`, with the audit as JSON and HTML."""
     target, value = load_returns(returns, dataset), read_values(values, dataset)
-    made_from = read_manifest(values).parents.get("returns")
-    if made_from is not None:
-        require_parent(read_manifest(values), "returns", target.hash, where=values)
-    frames = frames_of(dataset, returns)
-    advantages = np.concatenate(
-        [
-            adv.advantage(target.values[rows], value.values[rows], target.rewards[rows], rules.n)
-            for rows in frames.episodes()
-        ]
+    judged = read_manifest(values)
+    if judged.parents.get("returns") is not None:
+        require_parent(judged, "returns", target.hash, where=values)
+    seen = float((value.fold < 0).mean())
+    return label_frames(
+        dataset,
+        frames_of(dataset, returns),
+        target,
+        value,
+        out,
+        rules,
+        parents={"returns": target.hash, "values": value.hash, "critic": value.critic},
+        warnings=tuple(critic_warnings(judged.metrics, seen)),
+        metrics={"share_of_values_from_frames_the_critic_trained_on": seen},
     )
+
+
+def label_frames(
+    dataset: Dataset,
+    frames: adv.Frames,
+    target: LabelledReturns,
+    value: LabelledValues,
+    out: Path,
+    rules: adv.LabelRules,
+    *,
+    parents: dict[str, str],
+    warnings: tuple[str, ...] = (),
+    parameters: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> tuple[Manifest, Audit]:
+    """Publish labels from returns and values in memory. warnings: reasons to distrust the values, for the audit."""
+    parts = ((target.values[rows], value.values[rows], target.rewards[rows]) for rows in frames.episodes())
+    advantages = np.concatenate([adv.estimate(*part, rules) for part in parts])
     labels = adv.indicators(frames, advantages, rules)
     result = audit(frames, advantages, labels, rules)
-    seen = float((value.fold < 0).mean())
     if rules.mode == "computed":
-        judged = read_manifest(values).metrics
-        result = replace(result, warnings=(*result.warnings, *critic_warnings(judged, seen)))
+        result = replace(result, warnings=(*result.warnings, *warnings))
     data = {
         "return": target.values,
         "value": value.values,
@@ -185,21 +218,34 @@ def make_labels(
         "indicator": labels.indicator,
         "source": labels.source,
     }
-    parents = {"dataset": dataset.hash, "returns": target.hash, "values": value.hash, "critic": value.critic}
-    metrics = {
-        "positive_share": result.positive_share,
-        "failed_share_of_positives": result.failed_share,
-        "share_of_values_from_frames_the_critic_trained_on": seen,
-        "warnings": list(result.warnings),
-    }
+    return publish_advantage(dataset, out, data, result, parents,
+                             {"formula": FORMULAS[rules.estimator], **asdict(rules), **(parameters or {})},
+                             metrics or {})  # fmt: skip
+
+
+def publish_advantage(
+    dataset: Dataset,
+    out: Path,
+    data: Columns,
+    result: Audit,
+    parents: dict[str, str],
+    parameters: dict[str, Any],
+    metrics: dict[str, Any],
+) -> tuple[Manifest, Audit]:
+    """Publish the columns of an advantage folder with the audit beside them."""
 
     def write_audit(folder: Path) -> None:
         (folder / "audit.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
         (folder / "audit.html").write_text(render_html(result, title="Label audit"))
 
-    manifest = _publish(
-        out, "advantage", *dataset.keys(), data, parents, {"formula": FORMULA, **asdict(rules)}, metrics, write_audit
-    )
+    metrics = {
+        "positive_share": result.positive_share,
+        "failed_share_of_positives": result.failed_share,
+        **metrics,
+        "warnings": list(result.warnings),
+    }
+    parents = {"dataset": dataset.hash, **parents}
+    manifest = publish_labels(out, "advantage", *dataset.keys(), data, parents, parameters, metrics, write_audit)
     return manifest, result
 
 
@@ -212,12 +258,19 @@ def critic_warnings(judged: Mapping[str, Any], seen: float) -> Iterator[str]:
         yield f"the critic hardly tells success from failure half-way (AUC {area:.2f} on episodes it had not seen)"
     if (drop := judged.get("failure_drop")) is not None and drop > 0:
         yield f"the critic's value rises ({drop:+.2f}) on failed episodes that it had not seen"
+    yield from judged.get("warnings", ())
 
 
 def frames_of(dataset: Dataset, returns: Path) -> adv.Frames:
     """The frames as the label rules see them; outcomes as the returns took them."""
+    return frames_with(
+        dataset, outcomes(dataset, all_successful=bool(read_manifest(returns, "returns").parameters["all_successful"]))
+    )
+
+
+def frames_with(dataset: Dataset, won: list[bool]) -> adv.Frames:
+    """The frames with one outcome per episode."""
     lengths = [len(episode) for episode in dataset.episodes]
-    won = outcomes(dataset, all_successful=bool(read_manifest(returns, "returns").parameters["all_successful"]))
     return adv.Frames(
         episode=dataset.keys()[0],
         task=np.repeat(np.array([e.task for e in dataset.episodes], dtype=object), lengths),
@@ -230,8 +283,8 @@ def frames_of(dataset: Dataset, returns: Path) -> adv.Frames:
 def load_labels(folder: Path, dataset: Dataset) -> LabelledFrames:
     """Labels of every frame of `dataset`. folder: of `recap label`, or the one that holds its advantage/ folder."""
     inner = Path(folder) / "advantage"
-    manifest, data = _load(inner if inner.is_dir() else Path(folder), "advantage", dataset)
-    for name in ("return", "value", "advantage"):
+    manifest, data = read_labels(inner if inner.is_dir() else Path(folder), "advantage", dataset)
+    for name in () if manifest.parameters.get("mode") == "imported" else ("return", "value", "advantage"):
         ret.finite(data[name], f"{folder}: {name}")
     return LabelledFrames(
         data["return"],
@@ -242,56 +295,3 @@ def load_labels(folder: Path, dataset: Dataset) -> LabelledFrames:
         data["source"],
         manifest.hash,
     )
-
-
-def _publish(
-    out: Path,
-    kind: str,
-    episode: NDArray[Any],
-    frame: NDArray[Any],
-    data: dict[str, NDArray[Any]],
-    parents: dict[str, str],
-    parameters: dict[str, Any],
-    metrics: dict[str, Any],
-    extra: Any = None,
-) -> Manifest:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(
-        {
-            "episode_index": np.asarray(episode, np.int64),
-            "frame_index": np.asarray(frame, np.int64),
-            **{name: pa.array(values) for name, values in data.items()},
-        }
-    )
-    with publish(out) as folder:
-        pq.write_table(table, folder / f"{kind}.parquet")
-        if extra is not None:
-            extra(folder)
-        return write_manifest(folder, kind, parents=parents, parameters=parameters, metrics=metrics)
-
-
-def _load(folder: Path, kind: str, dataset: Dataset) -> tuple[Manifest, dict[str, NDArray[Any]]]:
-    """Manifest and columns in dataset order, after every check: whole, of this kind and dataset, every frame once."""
-    import pyarrow.parquet as pq
-
-    folder = Path(folder)
-    manifest = verify(folder, kind)
-    require_parent(manifest, "dataset", dataset.hash, where=folder)
-    table = pq.read_table(folder / f"{kind}.parquet")
-    data = {name: np.asarray(table.column(name).to_numpy(zero_copy_only=False)) for name in table.column_names}
-    episode, frame = dataset.keys()
-    order = np.lexsort((data["frame_index"], data["episode_index"]))
-    wanted = np.lexsort((frame, episode))
-    if len(order) != len(wanted) or not (
-        np.array_equal(data["episode_index"][order], episode[wanted])
-        and np.array_equal(data["frame_index"][order], frame[wanted])
-    ):
-        raise LabelError(
-            f"{folder}: expected one row for each of the {len(wanted)} frames of {dataset.root}, got "
-            f"{len(order)} rows that do not match them"
-        )
-    place = np.empty(len(wanted), np.int64)
-    place[wanted] = order
-    return manifest, {name: values[place] for name, values in data.items()}

@@ -55,6 +55,11 @@ def data_files(root: Path) -> list[Path]:
     return files
 
 
+def column_names(files: Iterable[Path]) -> set[str]:
+    """Columns that every one of the files has."""
+    return set.intersection(*(set(pq.read_schema(path).names) for path in files))
+
+
 def read_columns(files: Iterable[Path], *, but: Iterable[str]) -> dict[str, NDArray[Any]]:
     """All columns except `but` of files of one layout, as numpy [F] or [F, D]; text and lists of text as object."""
     skip = set(but)

@@ -1,6 +1,7 @@
 """Training metrics: always a `metrics.jsonl`, and TensorBoard or W&B when asked."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,19 @@ TRACKERS = ("none", "tensorboard", "wandb")
 
 
 class Tracker:
-    """Writes one JSON object a line. On resume, lines of steps that will be run again are dropped."""
+    """Writes one JSON object a line. On resume, lines of steps that will be run again are dropped, and so is a line
+    that was cut when the process was killed."""
 
     def __init__(self, folder: Path, kind: str, start: int, *, name: str) -> None:
         if kind not in TRACKERS:
             raise ValueError(f"tracker: expected one of {', '.join(TRACKERS)}, got {kind!r}")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        old = path.read_text().splitlines() if path.is_file() else []
+        old = path.read_text().split("\n")[:-1] if path.is_file() else []  # what follows the last newline is cut
         kept = [line for line in old if line and json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
         self._file = path.open("a")
         self._board = _board(kind, folder, name)
 

@@ -9,7 +9,8 @@ from recap_model.policy.config import LanguageConfig, VisionConfig, vision_from_
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """bins values on [low, high]; target: how a return becomes a distribution over them (pi*0.6 equation 1)."""
+    """bins: number of values on [low, high] that the distribution is over (pi*0.6 equation 1). use_state: False leaves
+    the robot's state out; checkpoints from before this field have it."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -23,6 +24,7 @@ class CriticConfig:
     state_norm: Mode = "mean_std"
     family: str = "smolvla"
     frame: tuple[int, int] | None = None
+    use_state: bool = True
 
     @property
     def frame_size(self) -> tuple[int, int]:

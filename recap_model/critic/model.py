@@ -23,7 +23,7 @@ class Critic(nn.Module):
         width = config.language.width
         self.vision = make_tower(config.vision, width, config.frame_size)
         self.language = LanguageModel(config.language)
-        self.state_in = nn.Linear(config.state_dim, width)
+        self.state_in = nn.Linear(config.state_dim, width) if config.use_state else None
         self.readout = nn.Parameter(0.02 * torch.randn(width))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.head = nn.Linear(width, config.bins)
@@ -37,13 +37,15 @@ class Critic(nn.Module):
         return encode_cameras(self.vision, images)
 
     def read(self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """image tokens, state [B, S] (physical units), prompt ids int [B, L] and mask [B, L] -> logits [B, bins]."""
-        state_token = self.state_in((state - self.state_shift) / self.state_scale)[:, None, :]
-        readout = self.readout.expand(state_token.shape)
-        x = torch.cat([image_tokens, self.language.embed_text(tokens), state_token, readout], dim=1)
+        """image tokens, state [B, S] (physical units; ignored with use_state=False), prompt ids int [B, L] and mask
+        [B, L] -> logits [B, bins]."""
+        last = [self.readout.expand(tokens.shape[0], 1, self.config.language.width)]
+        if self.state_in is not None:
+            last.insert(0, self.state_in((state - self.state_shift) / self.state_scale)[:, None, :])
+        x = torch.cat([image_tokens, self.language.embed_text(tokens), *last], dim=1)
         x = F.dropout(x, self.config.dropout, self.training)
-        one = torch.ones_like(token_mask[:, :1])
-        pad = torch.cat([torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool), token_mask, one, one], dim=1)
+        ones = [torch.ones_like(token_mask[:, :1])] * len(last)
+        pad = torch.cat([torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool), token_mask, *ones], dim=1)
         mask, positions = prefix_mask(pad)
         x, _ = self.language(x, mask, positions)
         return self.head(F.dropout(self.norm(x[:, -1]), self.config.dropout, self.training))

@@ -4,6 +4,9 @@ Layout of SmolLM2 as LeRobot's SmolVLA uses it: RMSNorm before each block, rotar
 fp32, grouped-query attention, gated SiLU. Images and text see each other; the state sees both and is seen by neither.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,6 +90,43 @@ class LanguageModel(nn.Module):
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
             for module in (self.norm, self.head):
                 module.requires_grad_(False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states of `forward` [B, L, width] -> what comes next [B, L, vocabulary]. Needs `config.head`."""
+        return self.head(self.norm(x))
+
+    def learn_tokens(self, first: int, count: int, generator: torch.Generator) -> None:
+        """Give ids first ... first + count - 1 fresh embeddings, and make the head train (it is frozen at first).
+
+        The vocabulary grows where they lie behind it; a head is added where there is none; all other rows keep their
+        values. A fresh embedding is as long as the others are on average, so that attention notices it.
+        """
+        old = self.embed.weight.detach()
+        size = max(self.config.vocabulary, 8 * math.ceil((first + count) / 8))  # as matrix units like it
+        embed = torch.empty(size, self.config.width)
+        torch.nn.init.normal_(embed, std=0.02, generator=generator)
+        head = torch.empty(size, self.config.width)
+        torch.nn.init.normal_(head, std=0.02, generator=generator)
+        length = old.norm(dim=1).mean().cpu()
+        embed = embed / embed.norm(dim=1, keepdim=True) * length
+        index = torch.arange(len(old))
+        fresh = (index >= first) & (index < first + count)
+        embed[: len(old)] = torch.where(fresh[:, None], embed[: len(old)], old.cpu())
+        if self.config.head:
+            head[: len(old)] = torch.where(fresh[:, None], head[: len(old)], self.head.weight.detach().cpu())
+        else:
+            self.norm = nn.RMSNorm(self.config.width, eps=1e-5, device=old.device)
+        trained = self.embed.weight.requires_grad
+        self.embed = nn.Embedding.from_pretrained(embed.to(old.device), freeze=not trained)
+        self.head = nn.Linear(self.config.width, size, bias=False, device=old.device)
+        self.head.weight = nn.Parameter(head.to(old.device))
+        self.config = replace(self.config, vocabulary=size, head=True)
+        self.train_head()
+
+    def train_head(self) -> None:
+        """Let the final norm and the head train: only action tokens read them."""
+        for module in (self.norm, self.head):
+            module.requires_grad_(True)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """int [B, L] -> [B, L, width], scaled by sqrt(width) as SmolVLA does."""

@@ -11,7 +11,7 @@ from recap_model.policy import flow
 from recap_model.policy.config import PolicyConfig
 from recap_model.policy.expert import ActionExpert
 from recap_model.policy.language import KeyValues, LanguageModel, prefix_mask
-from recap_model.policy.scaling import Scaling, surround
+from recap_model.policy.scaling import Scaling, surround, visible
 from recap_model.policy.vision import encode_cameras, make_tower
 
 
@@ -54,20 +54,34 @@ class Policy(nn.Module):
         return encode_cameras(self.vision, images)
 
     def embed_prefix(
-        self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor
+        self,
+        image_tokens: Tensor,
+        state: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        camera_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """-> (embeddings [B, P, width], pad bool [B, P]); arguments as for `read`."""
         seen = surround(image_tokens, self.special_tokens(), self.config)
         state_token = self.state_in(self.scaling.state(state))[:, None, :]
         x = torch.cat([seen, self.language.embed_text(tokens), state_token], dim=1)
-        pad = torch.cat(
-            [torch.ones_like(seen[:, :, 0], dtype=torch.bool), token_mask, torch.ones_like(token_mask[:, :1])], dim=1
-        )
+        is_seen = torch.ones_like(seen[:, :, 0], dtype=torch.bool)
+        if camera_mask is not None:
+            is_seen = visible(camera_mask, self.config)
+        pad = torch.cat([is_seen, token_mask, torch.ones_like(token_mask[:, :1])], dim=1)
         return x, pad
 
-    def read(self, image_tokens: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
-        """image tokens, state [B, S] (physical units), prompt ids [B, L] and mask [B, L] -> Prefix."""
-        x, pad = self.embed_prefix(image_tokens, state, tokens, token_mask)
+    def read(
+        self,
+        image_tokens: Tensor,
+        state: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        camera_mask: Tensor | None = None,
+    ) -> Prefix:
+        """image tokens, state [B, S] (physical units), prompt ids [B, L] and mask [B, L] -> Prefix. camera_mask bool
+        [B, K]: False where a sample lacks the camera, which nothing attends to then; None = all are there."""
+        x, pad = self.embed_prefix(image_tokens, state, tokens, token_mask, camera_mask)
         mask, positions = prefix_mask(pad)
         _, cache = self.language(x, mask, positions, stop=self.expert.depth)
         return Prefix(self.expert.prefix_keys(cache), pad)

@@ -63,3 +63,16 @@ def surround(image_tokens: Tensor, special: Tensor | None, config: PolicyConfig)
     parts = [torch.cat([opening, image_tokens.reshape(shape), closing], dim=2).flatten(1, 2)]
     parts += [opening[:, 0], closing[:, 0]] * config.empty_cameras
     return torch.cat(parts, dim=1)
+
+
+def visible(camera_mask: Tensor, config: PolicyConfig) -> Tensor:
+    """bool [B, K] (the sample has the camera) -> bool [B, P]: which positions that `surround` returns are seen.
+
+    Of a camera that a sample lacks its special tokens stay, as for the cameras that the whole robot lacks.
+    """
+    tokens = camera_mask[:, :, None].expand(-1, -1, config.vision.tokens)
+    if config.image_tokens is None:
+        return tokens.flatten(1)
+    around = torch.ones_like(tokens[:, :, :1])
+    inside = torch.cat([around, around, tokens, around], dim=2).flatten(1)
+    return torch.cat([inside, *[around[:, 0]] * (3 * config.empty_cameras)], dim=1)

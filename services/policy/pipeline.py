@@ -113,10 +113,10 @@ class PolicyPipeline:
                 unknown=", ".join(unknown),
                 known_tasks=list(self.spec.robot.tasks),
             )
-        return self._tokenizer(conditioning.positive_prompt(task))
+        return self._tokenizer(conditioning.positive_prompt(self.spec.text(task)))
 
     def _encode_unconditional(self, task: str) -> Tokens:
-        return self._tokenizer(conditioning.unconditional_prompt(task))
+        return self._tokenizer(conditioning.unconditional_prompt(self.spec.text(task)))
 
     def _checked(self, actions: NDArray[Any]) -> NDArray[np.float32]:
         want = (self.spec.chunk, len(self.spec.robot.action))

@@ -4,7 +4,7 @@ import difflib
 from importlib import import_module
 from typing import Any
 
-NAMES = ("debug", "tiny", "smolvla_debug", "smolvla_base")
+NAMES = ("debug", "tiny", "pretrain_debug", "pretrain_tiny", "smolvla_debug", "smolvla_base")
 
 
 def load(name: str) -> Any:

@@ -11,13 +11,15 @@ from recap_client.fleet import FleetError, FleetSettings, Job, run_fleet
 from recap_model import cli
 from recap_model.manifest import publish, write_manifest
 from recap_model.normalize import NormStats
+from recap_model.policy.config import PolicyConfig
+from recap_model.policy.model import Policy
 from recap_model.spec import PolicySpec
 from recap_model.tokenizer import word_tokenizer
 from slider_robot import SPEC
 from training.checkpoint import write_checkpoint
 from training.loader import FrameTable, Loader, Sampler
 from training.loop import fit
-from training.policy import Policy, PolicyConfig, policy_loss
+from training.policy_loss import policy_loss
 from training.presets import debug
 from training.probe import ProbeError, Variant, compare, probe
 

@@ -39,5 +39,5 @@ def test_a_share_of_nothing_or_everything_is_refused(share):
 
 
 def test_labels_of_one_kind_are_refused():
-    with pytest.raises(ValueError, match="expected positive and other frames in the labels, got no other one"):
+    with pytest.raises(ValueError, match="expected positive and other frames in the data, got no other one"):
         BalancedSampler(np.arange(3), np.arange(0), 4, 0.5, 0)
