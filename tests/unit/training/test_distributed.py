@@ -63,6 +63,7 @@ def command(data, kind, out, *more):
     return [str(part) for part in (*base, *rest, "--out", out, *more)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_policy_that_one_trains(data, tmp_path):
     size = ("--steps", "10", "--batch-size", "9", "--accumulate", "2")  # 4 and 5 rows a process
     with two(*command(data, "policy", tmp_path / "two", *size)) as process:
