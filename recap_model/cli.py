@@ -55,7 +55,7 @@ EXTRAS: dict[str, str] = {
     **dict.fromkeys(
         ("torch", "lerobot", "transformers", "huggingface_hub", "safetensors", "pyarrow", "onnx", "onnxscript"), "train"
     ),
-    **dict.fromkeys(("tensorboard", "scipy", "datasets", "wandb", "peft"), "train"),
+    **dict.fromkeys(("tensorboard", "scipy", "datasets", "wandb", "peft", "accelerate"), "train"),
 }
 
 

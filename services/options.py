@@ -19,6 +19,10 @@ class ServeArgs:
     """Model repository, as `recap export` writes it."""
     policy_port: int = 8000
     critic_port: int = 8001
+    lerobot_port: int | None = None
+    """Also serve LeRobot's asynchronous inference (gRPC) here; its own server uses 8080. Needs the extra `fronts`."""
+    groot_port: int | None = None
+    """Also serve GR00T's protocol (ZeroMQ) here; its own server uses 5555. Needs the extra `fronts`."""
     host: str = "127.0.0.1"
     """Address to listen on. Set RECAP_API_KEY in the environment before opening it to others."""
     engine: str = "onnxruntime"

@@ -37,6 +37,8 @@ def serve_one(args: ServeArgs, ready: Any = None) -> int:
     configure(args.log_format)
     policy = args.what == "policy"
     sock = bind(args.host, args.policy_port if policy else args.critic_port)  # first: a taken port needs no loading
+    for port in _front_ports(args) if policy else ():
+        bind(args.host, port).close()
     app = _policy_app(args) if policy else _critic_app(args)
     server = make_server(app, app.state.limits)
     if args.host not in ("127.0.0.1", "::1", "localhost") and api_key_from() is None:
@@ -51,7 +53,7 @@ def serve_one(args: ServeArgs, ready: Any = None) -> int:
 
 def serve_all(args: ServeArgs) -> int:
     """Serve both, each in a process of its own; restart one that dies, give up on one that keeps dying."""
-    for port in (args.policy_port, args.critic_port):
+    for port in (args.policy_port, args.critic_port, *_front_ports(args)):
         bind(args.host, port).close()
     _check_pair(args)
     return _Supervisor(args).run()
@@ -63,7 +65,21 @@ def _policy_app(args: ServeArgs) -> Any:
 
     engine = load_policy_engine(args.models, args.beta, args.engine, args.engine_threads)
     engine.warm_up()
-    return create_app(engine, PolicySettings(args.beta, args.critic_url, args.critic_hz, args.seed, api_key_from()))
+    settings = PolicySettings(
+        args.beta,
+        args.critic_url,
+        args.critic_hz,
+        args.seed,
+        api_key_from(),
+        args.host,
+        args.lerobot_port,
+        args.groot_port,
+    )
+    return create_app(engine, settings)
+
+
+def _front_ports(args: ServeArgs) -> list[int]:
+    return [port for port in (args.lerobot_port, args.groot_port) if port is not None]
 
 
 def _critic_app(args: ServeArgs) -> Any:
@@ -100,6 +116,10 @@ def announce(args: ServeArgs) -> None:
     at = _url_host(args.host)
     if args.what != "critic":
         console.print(f"policy     ws://{at}:{args.policy_port}/act   (openpi protocol and recap.v1; POST /act)")
+        if args.lerobot_port is not None:
+            console.print(f"lerobot    {at}:{args.lerobot_port}   (--server_address of LeRobot's robot client)")
+        if args.groot_port is not None:
+            console.print(f"groot      tcp://{at}:{args.groot_port}   (host and port of GR00T's policy client)")
     if args.what != "policy":
         console.print(f"critic     ws://{at}:{args.critic_port}/value")
         console.print(f"dashboard  http://{at}:{args.critic_port}/")

@@ -70,6 +70,10 @@ class Served:
     def port(self) -> int:
         return self.running.port
 
+    def front(self, name: str) -> int:
+        """The port of a further front: `lerobot` or `groot`."""
+        return int(self.running.server.config.app.state.ports[name])  # type: ignore[union-attr]
+
     def url(self, path: str = "/act") -> str:
         return f"ws://127.0.0.1:{self.port}{path}"
 

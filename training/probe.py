@@ -23,6 +23,7 @@ from recap_client.robots.registry import open_robot
 from recap_client.spec import RobotSpec
 from recap_model import conditioning
 from recap_model.manifest import read_manifest
+from recap_model.spec import PolicySpec
 from recap_model.statistics import throughput_ratio
 from training.evaluate import NAME, SCHEMA, statistics
 
@@ -69,6 +70,8 @@ class CheckpointPolicy:
         torch.set_num_threads(1)  # workers are processes: threads of their own would wait for each other
         self._torch = torch
         self._policy, self._files = load_policy(Path(checkpoint))
+        assert isinstance(self._files.spec, PolicySpec)
+        self._prompt_text = self._files.spec.text
         require_equal(self._files.spec.robot, spec, what=f"robot against {checkpoint}")
         self._indicator, self._beta = INDICATORS[prompt], beta
         self._seed, self._seq = 0, 0
@@ -87,7 +90,8 @@ class CheckpointPolicy:
         noise = np.random.default_rng([self._seed, self._seq]).standard_normal(
             (config.chunk, config.padded_action), dtype=np.float32
         )
-        tokens = self._text(conditioning.prompt(prompt, self._indicator))
+        task = self._prompt_text(prompt)
+        tokens = self._text(conditioning.prompt(task, self._indicator))
         seen = (
             self._batch(prepare_images(observation.images, robot)),
             self._batch(prepare_state(observation.state, robot)),
@@ -96,7 +100,7 @@ class CheckpointPolicy:
             if self._beta == 1.0:
                 actions = self._policy.sample_actions(*seen, *tokens, self._batch(noise))
             else:
-                blank = self._text(conditioning.unconditional_prompt(prompt))
+                blank = self._text(conditioning.unconditional_prompt(task))
                 beta = self._torch.tensor([self._beta])
                 actions = self._policy.sample_actions_guided(*seen, *tokens, *blank, beta, self._batch(noise))
         seq, self._seq = self._seq, self._seq + 1

@@ -8,7 +8,7 @@ from recap_model.spec import Spec
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 LATENCY_BUCKETS_S = tuple(ms / 1000 for ms in (1, 2, 5, 8, 10, 15, 20, 25, 33, 40, 50, 66, 100, 150, 250, 500, 1000))
 STAGES = ("decode", "queue", "infer", "encode", "total")
-DIALECTS = ("openpi", "recap.v1", "openvla")
+DIALECTS = ("openpi", "roboarena", "recap.v1", "openvla", "lerobot", "groot")
 
 
 class PolicyMetrics:

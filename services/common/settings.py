@@ -38,13 +38,17 @@ def limits_for(robot: RobotSpec) -> Limits:
 class PolicySettings:
     """beta: guidance strength, 1 = none. critic_url: where observations are forwarded to (`ws://host:port/value`), or
     None. critic_hz: at most so many forwarded observations a second and robot. seed: of the noise of sessions that
-    send no seed of their own; None draws a fresh one. api_key: required of callers when set."""
+    send no seed of their own; None draws a fresh one. api_key: required of callers when set. lerobot_port, groot_port:
+    where to listen for LeRobot's gRPC and GR00T's ZeroMQ clients, at the address `host`; 0 = a free one, None = not."""
 
     beta: float = 1.0
     critic_url: str | None = None
     critic_hz: float = 20.0
     seed: int | None = None
     api_key: str | None = None
+    host: str = "127.0.0.1"
+    lerobot_port: int | None = None
+    groot_port: int | None = None
 
 
 @dataclass(frozen=True)

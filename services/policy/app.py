@@ -1,7 +1,7 @@
 """The policy service as an ASGI app."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse
@@ -23,19 +23,26 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
     """An app that serves `engine`'s policy on every websocket path and on `POST /act`.
 
     `app.state.service` is the `PolicyService`, `app.state.connections` what a server drains, `app.state.limits` the
-    sizes it must allow.
+    sizes it must allow, `app.state.ports` where the further fronts listen (`lerobot`, `groot`) while it runs.
     """
     ensure_configured()
     service = PolicyService(engine, settings)
+    fronts, ports = further_fronts(settings), dict[str, int]()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        yield
-        service.stop()
+        try:
+            async with AsyncExitStack() as stack:
+                for name, (front, port) in fronts.items():
+                    ports[name] = await stack.enter_async_context(front(service, settings.host, port))
+                yield
+        finally:
+            service.stop()
 
     app = FastAPI(title="recap policy service", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.connections, app.state.limits = service, service.connections, service.limits
+    app.state.ports = ports
     app.include_router(health_router(service.metrics.registry, service.not_ready))
     app.include_router(openvla_router(service))
 
@@ -48,7 +55,7 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
         )
 
     @app.websocket("/{path:path}")
-    async def websocket(socket: WebSocket, path: str) -> None:  # noqa: ARG001 - openpi accepts any path
+    async def websocket(socket: WebSocket, path: str) -> None:  # openpi accepts any path
         try:
             check_caller(socket.headers, socket.query_params, settings.api_key)
         except ServiceError as error:
@@ -57,6 +64,27 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
         native = SUBPROTOCOL in socket.scope["subprotocols"]
         await socket.accept(SUBPROTOCOL if native else None)
         with service.connections.connected(socket):
-            await (serve_native if native else serve_openpi)(socket, service)
+            if native:
+                await serve_native(socket, service)
+            else:
+                await serve_openpi(socket, service, path)
 
     return app
+
+
+Front = Callable[[PolicyService, str, int], AbstractAsyncContextManager[int]]
+"""Serves on a host and port while its block runs; gives the port it took."""
+
+
+def further_fronts(settings: PolicySettings) -> dict[str, tuple[Front, int]]:
+    """The fronts on ports of their own that are asked for. Raises ModuleNotFoundError without the extra `fronts`."""
+    fronts: dict[str, tuple[Front, int]] = {}
+    if settings.lerobot_port is not None:
+        from services.policy.fronts.lerobot_grpc import lerobot_front
+
+        fronts["lerobot"] = lerobot_front, settings.lerobot_port
+    if settings.groot_port is not None:
+        from services.policy.fronts.groot_zmq import groot_front
+
+        fronts["groot"] = groot_front, settings.groot_port
+    return fronts
