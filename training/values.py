@@ -8,6 +8,7 @@ number of shards, so the result is the same bytes.
 import json
 import os
 import shutil
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,13 @@ def _require_known(files: CheckpointFiles, data: Dataset, where: Path) -> None:
     require_known_words(files, {task: conditioning.unconditional_prompt(task) for task in new}, where)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else takes: shards in containers or on other nodes share process numbers."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def _save(path: Path, values: NDArray[np.float64]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with temporary.open("wb") as stream:
         np.save(stream, values)
         stream.flush()
@@ -236,6 +242,6 @@ def _save(path: Path, values: NDArray[np.float64]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(content)
     os.replace(temporary, path)
