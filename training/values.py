@@ -182,6 +182,15 @@ def _predict(critic: Critic, files: CheckpointFiles, job: Job, segment: int) -> 
 
 def _merge(job: Job, unseen: bool) -> Progress:
     """Publish when every segment is there; of several processes that see this, the first one does it."""
+    try:
+        return _merge_alone(job, unseen)
+    except FileNotFoundError:  # the first one has published, and removed the folder that the lock lay in
+        if (finished := job.done()) is None:
+            raise
+        return Progress(finished, 0, job.segments)
+
+
+def _merge_alone(job: Job, unseen: bool) -> Progress:
     with alone(job.work / "merge.lock"):
         if (finished := job.done()) is not None:
             return Progress(finished, 0, job.segments)
