@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_model.spec import spec_to_json
+from recap_model.spec import PolicySpec, spec_to_json
 from services.common.batcher import Batcher
 from services.common.drain import Connections
 from services.common.engine import Engine
@@ -39,6 +39,11 @@ class PolicyService:
         self._names: set[int] = set()
         self._seeds = itertools.count()
         self.metrics.describe(engine.name, engine.version, engine.hash, engine.spec)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What every model of this service is made for."""
+        return self.pipeline.spec
 
     def start(self) -> None:
         if self.settings.critic_url is not None:
@@ -103,6 +108,25 @@ class PolicyService:
             raise
         self.metrics.count(dialect, "ok")
 
+    async def act(self, session: Session, observation: Observation, **options: Any) -> Chunk:
+        """The next chunk for a session: the one way to the model for every front. options: see `PolicyPipeline.act`."""
+        return await self.pipeline.act(session, observation, **options)
+
+    def answered(
+        self,
+        session: Session,
+        observation: Observation,
+        timing: Mapping[str, float],
+        received: float,
+        *,
+        seq: int = 0,
+        t_obs: float | None = None,
+    ) -> None:
+        """What follows a reply that is on its way: histograms, and the critic's view of what the robot saw (its frames
+        as they came). t_obs: by the robot's clock, None where the protocol has none."""
+        self._measure(session, timing, received)
+        self._show_critic(session, observation, seq=seq, t_obs=time.monotonic() if t_obs is None else t_obs)
+
     def timing(self, chunk: Chunk, received: float, decode_ms: float) -> dict[str, float]:
         """`server_timing` of a reply about to be encoded. received: `time.perf_counter` of the request's last byte.
 
@@ -119,7 +143,7 @@ class PolicyService:
             "batch_size": float(chunk.batch),
         }
 
-    def record(self, session: Session, timing: Mapping[str, float], received: float) -> None:
+    def _measure(self, session: Session, timing: Mapping[str, float], received: float) -> None:
         """Put a sent reply into the histograms."""
         total = time.perf_counter() - received
         stages = {stage: timing[f"{stage}_ms"] / 1000 for stage in ("decode", "queue", "infer")}
@@ -128,7 +152,7 @@ class PolicyService:
             self.metrics.latency[stage].observe(seconds)
         session.last_total_ms = 1000 * total
 
-    def show_critic(self, session: Session, observation: Observation, *, seq: int, t_obs: float) -> None:
+    def _show_critic(self, session: Session, observation: Observation, *, seq: int, t_obs: float) -> None:
         """Offer an answered observation to the critic, its frames as they came (JPEG stays JPEG)."""
         if self.tap is None or not session.forward:
             return

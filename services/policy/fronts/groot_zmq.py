@@ -139,7 +139,7 @@ class _Front:
             robot.session.episode = str(robot.episodes)
             return pack({}, robot.arrays)
         if endpoint == "get_modality_config":
-            spec = self._service.pipeline.spec
+            spec = self._service.spec
             return pack(describe(spec.robot, spec.chunk, as_text=robot.text_config), robot.arrays)
         raise bad_field("bad_message", "endpoint", f"one of {', '.join(ENDPOINTS)}", repr(endpoint[:40]))
 
@@ -151,15 +151,14 @@ class _Front:
 
     async def _act(self, robot: _Robot, data: Any, received: float) -> bytes:
         service, session = self._service, robot.session
-        spec = service.pipeline.spec.robot
+        spec = service.spec.robot
         observation, form = read_observation(data, spec)
         robot.text_config = not form.listed
         decode_ms = milliseconds(received)
-        chunk = await service.pipeline.act(session, observation)
+        chunk = await service.act(session, observation)
         timing = service.timing(chunk, received, decode_ms)
         reply = pack(write_actions(chunk.actions, form, spec, {"server_timing": timing}), robot.arrays)
-        service.record(session, timing, received)
-        service.show_critic(session, observation, seq=0, t_obs=time.monotonic())
+        service.answered(session, observation, timing, received)
         return reply
 
 

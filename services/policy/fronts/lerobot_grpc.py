@@ -176,7 +176,7 @@ class _Front:
         return b""
 
     async def set_up(self, message: bytes, robot: _Robot) -> bytes:
-        robot.setup = await asyncio.to_thread(read_setup, message, self._service.pipeline.spec.robot)
+        robot.setup = await asyncio.to_thread(read_setup, message, self._service.spec.robot)
         return b""
 
     async def send_observations(self, messages: AsyncIterable[bytes], robot: _Robot) -> bytes:
@@ -188,7 +188,7 @@ class _Front:
             async with asyncio.timeout(_RECEIVE_S):
                 data = await receive_chunks(messages, self._service.limits.message)
             received, ticket = time.perf_counter(), robot.session.arrive()
-            spec = self._service.pipeline.spec.robot
+            spec = self._service.spec.robot
             seen = await asyncio.to_thread(read_timed_observation, data, robot.setup, spec)
         except TimeoutError:
             raise ServiceError("deadline", f"the observation did not arrive within {_RECEIVE_S:.0f} s") from None
@@ -224,14 +224,13 @@ class _Front:
     async def _answer(self, robot: _Robot, waiting: _Waiting) -> bytes:
         service, session, seen = self._service, robot.session, waiting.seen
         picked_up = time.perf_counter() - waiting.decode_s  # not the time for which the client did not ask
-        chunk = await service.pipeline.act(session, seen.observation, ticket=waiting.ticket)
+        chunk = await service.act(session, seen.observation, ticket=waiting.ticket)
         robot.check_alone()
         timing = service.timing(chunk, picked_up, 1000 * waiting.decode_s)
         actions = chunk.actions[: robot.setup.actions]
-        period = 1 / service.pipeline.spec.robot.control_hz
+        period = 1 / service.spec.robot.control_hz
         reply = write_actions(actions, seen.module, seen.timestamp, seen.timestep, period)
-        service.record(session, timing, picked_up)
-        service.show_critic(session, seen.observation, seq=seen.timestep, t_obs=time.monotonic())
+        service.answered(session, seen.observation, timing, picked_up, seq=seen.timestep)
         return write_bytes(1, reply)
 
 

@@ -44,10 +44,10 @@ class _Front:
         session.episode = text(body, "episode", session.episode, limit=128)
         session.forward = body.get("forward") is not False
         raw = read_observation(body)
-        observation = await decoded(raw, service.pipeline.spec.robot.camera_names)
+        observation = await decoded(raw, service.spec.robot.camera_names)
         decode_ms = milliseconds(at)
         left_s = None if deadline_ms is None else (deadline_ms - decode_ms) / 1000
-        chunk = await service.pipeline.act(session, observation, ticket=ticket, seed=seed, seq=seq, deadline_s=left_s)
+        chunk = await service.act(session, observation, ticket=ticket, seed=seed, seq=seq, deadline_s=left_s)
         timing = service.timing(chunk, at, decode_ms)
         reply = wire.pack(
             {
@@ -59,8 +59,7 @@ class _Front:
                 "t_server": time.monotonic(),
             }
         )
-        service.record(session, timing, at)
-        service.show_critic(session, raw, seq=seq, t_obs=t_obs)
+        service.answered(session, raw, timing, at, seq=seq, t_obs=t_obs)
         return reply
 
     async def reset(self, received: Received) -> Message:

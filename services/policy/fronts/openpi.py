@@ -42,7 +42,7 @@ class _Asked:
 
 async def serve_openpi(socket: WebSocket, service: PolicyService, path: str = "") -> None:
     """Answer one connection until it ends. path: without its leading slash; RoboArena's has its own handshake."""
-    robot = service.pipeline.spec.robot
+    robot = service.spec.robot
     metadata = roboarena.server_config(robot) if path.strip("/") == roboarena.PATH else service.welcome()
     await socket.send_bytes(wire.pack(metadata))
     with service.session(DIALECT) as session, suppress(WebSocketDisconnect, RuntimeError):
@@ -87,7 +87,7 @@ def _reset(service: PolicyService, session: Session, body: Message) -> str:
 
 async def _answer(service: PolicyService, session: Session, asked: _Asked, previous_ms: float | None) -> bytes:
     arena, received = asked.dialect == roboarena.DIALECT, asked.received
-    robot = service.pipeline.spec.robot
+    robot = service.spec.robot
     body = roboarena.translated(asked.body, robot) if arena else asked.body
     if asked.size < _LARGE:
         raw = read_observation(body, robot.camera_names)
@@ -95,14 +95,13 @@ async def _answer(service: PolicyService, session: Session, asked: _Asked, previ
         raw = await asyncio.to_thread(read_observation, body, robot.camera_names)
     observation = await decoded(raw, robot.camera_names)
     decode_ms = milliseconds(received)
-    chunk = await service.pipeline.act(session, observation)
+    chunk = await service.act(session, observation)
     timing = service.timing(chunk, received, decode_ms)
     shown = timing if previous_ms is None else timing | {"prev_total_ms": previous_ms}
     # Every array has the chunk as its leading dimension (openpi's ActionChunkBroker slices all of them).
     answer = {"actions": chunk.actions, "server_timing": shown, "policy_timing": {"infer_ms": timing["infer_ms"]}}
     reply = wire.pack(chunk.actions if arena else answer)
-    service.record(session, timing, received)
-    service.show_critic(session, raw, seq=0, t_obs=time.monotonic())
+    service.answered(session, raw, timing, received)
     return reply
 
 

@@ -47,15 +47,16 @@ def openvla_router(service: PolicyService) -> APIRouter:
         try:
             check_caller(request.headers, request.query_params, service.settings.api_key)
             with service.request(DIALECT), service.session(DIALECT) as session:
+                session.forward = False  # a request that names no robot has no episode for the critic to follow
                 body = await read_body(request, service.limits.message * 4 // 3)
                 payload, dialect = await asyncio.to_thread(_parse, body)
-                cameras = service.pipeline.spec.robot.camera_names
+                cameras = service.spec.robot.camera_names
                 observation = await asyncio.to_thread(_observation, payload, cameras)
                 decode_ms = milliseconds(received)
-                chunk = await service.pipeline.act(session, observation)
+                chunk = await service.act(session, observation)
                 timing = service.timing(chunk, received, decode_ms)
                 reply = _reply(chunk, dialect, timing["total_ms"])
-                service.record(session, timing, received)
+                service.answered(session, observation, timing, received)
                 return reply
         except Exception as error:
             fault = fault_of(error)
