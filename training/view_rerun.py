@@ -1,10 +1,10 @@
 """Episodes as a Rerun recording (.rrd): every frame of every camera, state, action and labels on one time axis."""
 
-import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -18,8 +18,8 @@ def require_rerun() -> None:
     """Raises ViewError when the package is missing. Called before any work is done."""
     if find_spec("rerun") is None:
         raise ViewError(
-            "--rerun: expected the Python package rerun-sdk (it is no part of recap-stack), got none; install it with "
-            "`pip install rerun-sdk`, or leave --rerun out: the page of --out needs nothing"
+            "--rerun: expected the Python package rerun-sdk, got none; install it with "
+            "`pip install 'recap-stack[view]'`, or leave --rerun out: the page of --out needs nothing"
         )
 
 
@@ -35,7 +35,7 @@ def write_rerun(
     import rerun as rr
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{uuid4().hex}.tmp")
     rows, frames = rows_of(dataset), 0
     try:
         with rr.RecordingStream("recap data view") as recording:
