@@ -6,7 +6,10 @@ import numpy as np
 
 from recap_client.record import EpisodeInfo, Outcome, Recorder, StepRecord
 from recap_client.spec import ActionDim, Camera, RobotSpec, StateDim
+from recap_model.advantage import LabelRules
+from training.dataset import Dataset, open_dataset
 from training.ingest import ingest, survey
+from training.labels import load_returns, make_labels, make_returns, write_values
 
 SPEC = RobotSpec(
     "toy",
@@ -91,3 +94,15 @@ def make_dataset(folder: Path, episodes: int = 8) -> Path:
     """A dataset of `record_mixed`, at folder/dataset."""
     ingest(survey([record_mixed(folder / "rollouts", episodes)]), folder / "dataset")
     return folder / "dataset"
+
+
+def make_labelled(root: Path) -> Dataset:
+    """A dataset with returns/, values/ (a noisy truth) and advantage/ beside it in `root`."""
+    dataset = open_dataset(make_dataset(root))
+    make_returns(dataset, root / "returns")
+    truth = load_returns(root / "returns", dataset)
+    value = np.clip(truth.values + np.random.default_rng(0).normal(0, 0.1, dataset.frames), -1, 0)
+    write_values(root / "values", *dataset.keys(), value, np.zeros(dataset.frames), dataset_hash=dataset.hash,
+                 critic_hash="c", returns_hash=truth.hash)  # fmt: skip
+    make_labels(dataset, root / "returns", root / "values", root / "advantage", LabelRules(n=3))
+    return dataset

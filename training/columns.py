@@ -70,6 +70,13 @@ def agree(found: Mapping[str, list[bool | None]], episodes: int) -> list[bool | 
     return result
 
 
+def labelled_outcome(values: NDArray[Any] | None) -> bool | None:
+    """The outcome that an episode's `value_label` of openpi forks tells: its last value is near 0 after a success and
+    the penalty -1 after a failure. None without the column, or when it ends in NaN."""
+    last = None if values is None else np.ravel(values)[-1]
+    return None if last is None or not np.isfinite(last) else bool(last > -0.5)
+
+
 def flags(column: str, values: NDArray[Any]) -> NDArray[np.bool_]:
     """A 0/1 column as bool [F]."""
     data = _as_float(column, values)

@@ -60,8 +60,7 @@ def _outcomes(loose: Loose) -> tuple[list[bool | None], list[Problem]]:
 def _labelled(loose: Loose, rows: slice) -> bool | None:
     """The outcome as `training.labels.known_outcomes` reads it from a column of openpi forks."""
     values = loose.columns.get("value_label")
-    last = None if values is None or values.dtype.kind != "f" else np.ravel(values[rows])[-1]
-    return None if last is None or not np.isfinite(last) else bool(last > -0.5)
+    return columns.labelled_outcome(None if values is None or values.dtype.kind != "f" else values[rows])
 
 
 def _text(error: DatasetError) -> str:

@@ -18,7 +18,8 @@ from recap_model import returns as ret
 from recap_model.audit import Audit, audit, render_html
 from recap_model.manifest import Manifest, read_manifest, require_parent
 from recap_model.returns import Floats
-from training.dataset import Dataset, Episode
+from training.columns import labelled_outcome
+from training.dataset import Dataset
 from training.label_files import Columns, publish_labels, read_labels
 from training.label_files import LabelError as LabelError
 
@@ -120,14 +121,11 @@ def outcomes(dataset: Dataset, *, all_successful: bool = False) -> list[bool]:
 
 
 def known_outcomes(dataset: Dataset) -> list[bool | None]:
-    """Outcomes as the dataset says them; where it does not, by the openpi-fork column `value_label`, whose last value
-    is near 0 after a success and the penalty -1 after a failure."""
-    return [episode.success if episode.success is not None else _labelled(episode) for episode in dataset.episodes]
-
-
-def _labelled(episode: Episode) -> bool | None:
-    last = np.ravel(episode.extra["value_label"])[-1] if "value_label" in episode.extra else None
-    return None if last is None or not np.isfinite(last) else bool(last > -0.5)
+    """Outcomes as the dataset says them; where it does not, by the openpi-fork column `value_label`."""
+    return [
+        labelled_outcome(episode.extra.get("value_label")) if episode.success is None else episode.success
+        for episode in dataset.episodes
+    ]
 
 
 def load_returns(folder: Path, dataset: Dataset) -> LabelledReturns:

@@ -47,6 +47,7 @@ def adapt(policy: Policy, settings: PolicySettings, *, tokens: bool) -> None:
     a whole, and with `tokens` (FAST action tokens) embedding and head do too. In place: names of weights change."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    assert settings.lora is not None  # require_lora has seen to it
     # alpha = rank: the adapters' product counts in full, as in openpi
     config = LoraConfig(
         r=settings.lora, lora_alpha=settings.lora, lora_dropout=0.0, bias="none",

@@ -3,18 +3,17 @@
 A wrong rule shows here in a minute, before it costs a training. Pure drawing: nothing is labelled or changed.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
+from uuid import uuid4
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from recap_model import conditioning
+from recap_model.report.video import encode_h264
 from training.dataset import Dataset
 from training.labels import LabelError, LabelledFrames
 from training.preview_draw import VIEW, draw_page, draw_sheet
@@ -95,10 +94,11 @@ def write_preview(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet = out.with_suffix(".png")
-    film = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    picture = sheet.with_name(f".{sheet.name}.{os.getpid()}.tmp")
+    mark = uuid4().hex
+    film = out.with_name(f".{out.name}.{mark}.tmp")
+    picture = sheet.with_name(f".{sheet.name}.{mark}.tmp")
     try:
-        count = _encode(film, pages(), fps)
+        count = encode_h264(film, pages(), fps)
         Image.fromarray(np.concatenate(stills)).save(picture, "PNG")
         picture.replace(sheet)
         film.replace(out)
@@ -181,19 +181,3 @@ def _small(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Frames [L, H, W, 3] at the height they are shown in: a clip of full frames would fill the memory."""
     width = max(1, round(frames.shape[2] * VIEW / frames.shape[1]))
     return np.stack([np.asarray(Image.fromarray(f).resize((width, VIEW), Image.Resampling.BICUBIC)) for f in frames])
-
-
-def _encode(path: Path, pictures: Iterator[NDArray[np.uint8]], fps: float) -> int:
-    """Pictures uint8 [H, W, 3], all of the size of the first, as H.264 in MP4; returns how many there were."""
-    count = 0
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "23", "preset": "veryfast"}
-        for picture in pictures:
-            if count == 0:
-                stream.height, stream.width = picture.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            count += 1
-        container.mux(stream.encode())
-    return count

@@ -58,7 +58,7 @@ def _episode(axes: Axes, curve: ValueAndReturn) -> None:
     axes.fill_between(frames, curve.target, curve.value, color=LINE)
     axes.plot(frames, curve.target, color=SOFT, linestyle="--", linewidth=1.2)
     axes.plot(frames, curve.value, color=GOOD if curve.success else BAD, linewidth=1.5)
-    axes.set_title(curve.title, fontsize=9)
+    axes.set_title(curve.title, parse_math=False, fontsize=9)
     axes.set(ylim=(-1.03, 0.03))
 
 

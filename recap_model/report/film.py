@@ -46,7 +46,7 @@ def film_strip(
         bottom = chart.add_axes((left / width, axis / total, inner, curve / total))
         top.imshow(strip, aspect="auto", interpolation="bicubic")
         top.set_axis_off()
-        top.set_title(title, color=INK if success is None else colour)
+        top.set_title(title, parse_math=False, color=INK if success is None else colour)
         bottom.plot(seconds, values, color=colour, linewidth=1.8)
         bottom.plot(seconds[picks], np.asarray(values)[picks], "o", color=INK, markersize=3)
         if intervention is not None and intervention.any():

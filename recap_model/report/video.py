@@ -30,22 +30,28 @@ def write_video(path: Path, clips: Iterable[Clip], *, fps: float, hold_s: float 
     """Write the clips one after the other (each end held for `hold_s`) and return the number of frames written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    count = encode_h264(temporary, _pictures(clips, fps, hold_s), fps)
+    if count == 0:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: expected at least one frame to write, got none")
+    temporary.replace(path)
+    return count
+
+
+def encode_h264(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> int:
+    """Write pictures uint8 [H, W, 3] (even sizes, all as the first) as H.264 in MP4; returns how many there were."""
     count = 0
-    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "23", "preset": "veryfast"}
-        for picture in _pictures(clips, fps, hold_s):
+        for picture in pictures:
             if count == 0:
                 stream.height, stream.width = picture.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             count += 1
         if count:
             container.mux(stream.encode())
-    if count == 0:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path}: expected at least one frame to write, got none")
-    temporary.replace(path)
     return count
 
 

@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recap_model import cli
-from recap_model.advantage import LabelRules
-from sample_rollouts import SPEC, make_dataset
-from training.dataset import open_dataset
-from training.labels import LabelError, LabelledFrames, load_labels, load_returns, make_labels, make_returns
-from training.labels import write_values as write
+from sample_rollouts import SPEC, make_labelled
+from training.labels import LabelError, LabelledFrames, load_labels
 from training.preview import KINDS, pick_moments, read_shots, write_preview
 from training.preview_draw import CELL, COLOURS, EDGE, HEAD, MARGIN, VIEW, draw_page, draw_sheet, page_size
 from training.view import rows_of
@@ -23,16 +20,7 @@ from training.view import rows_of
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset with returns/, values/ and advantage/ beside it."""
-    root = tmp_path_factory.mktemp("preview")
-    dataset = open_dataset(make_dataset(root))
-    make_returns(dataset, root / "returns")
-    truth = load_returns(root / "returns", dataset)
-    value = np.clip(truth.values + np.random.default_rng(0).normal(0, 0.1, dataset.frames), -1, 0)
-    write(root / "values", *dataset.keys(), value, np.zeros(dataset.frames), dataset_hash=dataset.hash,
-          critic_hash="c", returns_hash=truth.hash)  # fmt: skip
-    make_labels(dataset, root / "returns", root / "values", root / "advantage", LabelRules(n=3))
-    return dataset
+    return make_labelled(tmp_path_factory.mktemp("preview"))
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recap_model import cli
-from recap_model.advantage import LabelRules
 from recap_model.manifest import ManifestError
-from sample_rollouts import SPEC, make_dataset, record
+from sample_rollouts import SPEC, make_labelled, record
 from training.dataset import open_dataset
 from training.ingest import ingest, survey
 from training.label_files import publish_labels
-from training.labels import load_labels, load_returns, make_labels, make_returns, write_values
+from training.labels import load_labels, write_values
 from training.view import Chosen, ViewError, build, choose, read_tracks, rows_of, title
 from training.view_chart import FRAME_PX, Tracks, episode_chart, strip
 from training.view_page import inline_svg, light_and_dark, runs
@@ -29,16 +28,7 @@ from training.view_rerun import write_rerun
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset with returns/, values/ and advantage/ beside it."""
-    root = tmp_path_factory.mktemp("view")
-    dataset = open_dataset(make_dataset(root))
-    make_returns(dataset, root / "returns")
-    truth = load_returns(root / "returns", dataset)
-    value = np.clip(truth.values + np.random.default_rng(0).normal(0, 0.1, dataset.frames), -1, 0)
-    write_values(root / "values", *dataset.keys(), value, np.zeros(dataset.frames), dataset_hash=dataset.hash,
-                 critic_hash="c", returns_hash=truth.hash)  # fmt: skip
-    make_labels(dataset, root / "returns", root / "values", root / "advantage", LabelRules(n=3))
-    return dataset
+    return make_labelled(tmp_path_factory.mktemp("view"))
 
 
 @pytest.fixture(scope="module")
