@@ -92,14 +92,15 @@ def _examples(
 ) -> Callable[[int, int], dict[str, NDArray[Any]]]:
     """Seeded inputs of any batch size: random frames, states around the data's mean, real prompts; noise of `width`."""
     robot = files.spec.robot
+    told = files.spec.text if isinstance(files.spec, PolicySpec) else str
     mean, std = files.stats["state"].mean, files.stats["state"].std
 
     def make(batch: int, seed: int) -> dict[str, NDArray[Any]]:
         rng = np.random.default_rng([seed, batch])
         camera = robot.cameras[0]
         tasks = [robot.tasks[i] for i in rng.integers(0, len(robot.tasks), batch)]
-        text = [files.tokenizer(positive_prompt(task)) for task in tasks]
-        bare = [files.tokenizer(unconditional_prompt(task)) for task in tasks]
+        text = [files.tokenizer(positive_prompt(told(task))) for task in tasks]
+        bare = [files.tokenizer(unconditional_prompt(told(task))) for task in tasks]
         shape = (batch, len(robot.cameras), camera.height, camera.width, 3)
         every: dict[str, NDArray[Any]] = {
             "images": rng.integers(0, 256, shape, np.uint8),

@@ -22,6 +22,7 @@ from recap_client import wire
 from recap_client.spec import RobotSpec
 from recap_model import conditioning
 from recap_model.observation import prepare
+from recap_model.spec import PolicySpec
 from services.common.engine import Engine
 from services.options import ServeArgs
 from services.policy.pipeline import load_policy_engine
@@ -70,10 +71,11 @@ def _time_engine(
     engine: Engine, observation: dict[str, Any], requests: int, warm_up: int, beta: float
 ) -> NDArray[np.float64]:
     spec = engine.spec
+    task = spec.text(observation["prompt"]) if isinstance(spec, PolicySpec) else observation["prompt"]
     sample = prepare(
         observation["images"],
         observation["state"],
-        conditioning.positive_prompt(observation["prompt"]),
+        conditioning.positive_prompt(task),
         spec.robot,
         engine.tokenizer,
     )
@@ -85,7 +87,7 @@ def _time_engine(
         "noise": np.zeros(engine.input_shapes["noise"], np.float32),
     }
     if beta > 1.0:
-        ids, mask = engine.tokenizer(conditioning.unconditional_prompt(observation["prompt"]))
+        ids, mask = engine.tokenizer(conditioning.unconditional_prompt(task))
         inputs |= {"unconditional_tokens": ids, "unconditional_mask": mask, "beta": np.asarray(beta, np.float32)}
     batch = {name: array[None] for name, array in inputs.items()}
     return np.array([_timed(lambda: engine.run(batch)) for _ in range(warm_up + requests)][warm_up:])

@@ -36,7 +36,7 @@ from training.distributed import once
 from training.loader import WHOLE, Batch, FrameTable, Loader, Part, Sampler, split_episodes
 from training.loop import autocast_vision, fit, forget_state, pick_device, placer
 from training.settings import FitSettings, Precision
-from training.table import load_table
+from training.table import load_table, prompted
 
 MODE = "distilled"
 _MEASURED = 512  # held-out frames that the student is compared with its teacher on, evenly spread
@@ -229,7 +229,9 @@ def distill(settings: DistillSettings, teacher: Path, dataset: Path, out: Path) 
     steps = settings.teacher_steps or policy.config.denoise_steps
     guide = Teacher(policy, settings.beta, steps, settings.fit.precision)
     seed, table = settings.fit.seed, source.table
-    lessons = Lessons(table, files.tokenizer, chunk=policy.config.chunk, shift=settings.shift, seed=seed)
+    lessons = Lessons(
+        prompted(table, files.spec), files.tokenizer, chunk=policy.config.chunk, shift=settings.shift, seed=seed
+    )
     used, held = (np.flatnonzero(np.isin(table.episode, [*part])) for part in
                   split_episodes(table.episode, settings.held_out, seed))  # fmt: skip
     sampler = Sampler(used, settings.fit.rows_per_step, seed)

@@ -19,7 +19,7 @@ from recap_model.policy.load import load_policy
 from recap_model.policy.model import Policy
 from training.loader import Batch, FrameTable, Loader
 from training.loop import pick_device, placer
-from training.table import load_table
+from training.table import load_table, prompted
 
 PROMPTS = {"positive": conditioning.POSITIVE, "negative": conditioning.NEGATIVE, "none": conditioning.NONE}
 """Name -> indicator; the same names tell the labels of frames."""
@@ -241,5 +241,5 @@ def mean_known(values: Floats) -> float:
 
 def _loader(policy: Policy, files: CheckpointFiles, table: FrameTable, indicator: int) -> Loader:
     """Batches of the table with every frame under one prompt."""
-    prompted = replace(table, indicator=np.full(len(table), indicator, np.int8))
-    return Loader(prompted, files.tokenizer, chunk=policy.config.chunk, dropout=0.0, shift=0, seed=0)
+    told = replace(prompted(table, files.spec), indicator=np.full(len(table), indicator, np.int8))
+    return Loader(told, files.tokenizer, chunk=policy.config.chunk, dropout=0.0, shift=0, seed=0)

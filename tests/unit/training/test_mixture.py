@@ -21,7 +21,7 @@ from recap_model.normalize import NormStats
 from recap_model.policy.load import load_policy
 from recap_model.policy.model import Policy
 from recap_model.spec import PolicySpec
-from training import presets
+from training import distill, offline, presets
 from training.loader import Loader
 from training.mixture import Mixture, MixtureError, read_mixture
 from training.mixture_start import start_mixture
@@ -197,6 +197,25 @@ def test_the_service_reads_the_prompt_that_training_read(trained, folder):
     served = PolicyPipeline(engine, None, 1.0)._encode_positive("the door")
     np.testing.assert_array_equal(batch.tokens[0], served[0])
     np.testing.assert_array_equal(batch.token_mask[0], served[1])
+
+
+def test_what_judges_and_distils_it_reads_the_same_prompt(trained, folder, tmp_path, monkeypatch):
+    policy, files = load_policy(trained)
+    table = load_table(folder / "cart" / "dataset").table
+    served = files.tokenizer(conditioning.positive_prompt(files.spec.text(table.tasks[0])))
+    batch = offline._loader(policy, files, table, conditioning.POSITIVE)(np.arange(1), 0)
+    np.testing.assert_array_equal(batch.tokens[0], served[0])
+    taught: list[tuple[str, ...]] = []
+
+    class Seen(distill.Lessons):
+        def __init__(self, table, *arguments, **options):
+            taught.append(table.tasks)
+            super().__init__(table, *arguments, **options)
+
+    monkeypatch.setattr(distill, "Lessons", Seen)
+    command = ["distill", str(trained), "--dataset", str(folder / "cart" / "dataset"), "--preset", "debug"]
+    assert main([*command, "--steps", "1", "--batch-size", "4", "--out", str(tmp_path / "student")]) == 0
+    assert taught == [tuple(files.spec.text(task) for task in table.tasks)] != [table.tasks]
 
 
 def test_the_checkpoint_exports_within_tolerance(trained, tmp_path):
