@@ -12,7 +12,7 @@ def loop() -> LoopConfig:
         rollouts=50,
         evaluation=40,
         policy_steps=2000,
-        finetune_steps=2000,
+        finetune_steps=4000,
         critic_steps=600,
         n=10,
         betas=(1.0, 5.0),
