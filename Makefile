@@ -34,6 +34,16 @@ format: install  ## let ruff rewrite what it can
 loop: install  ## the whole RECAP circle in simulation into runs/loop (45 minutes on two cores)
 	.venv/bin/recap loop --out runs/loop $(ARGS)
 
+test-triton: install  ## the tests that need a Triton server (installs one from PyPI, 80 MB)
+	@scripts/triton-env
+	$(PYTEST) -m triton tests/triton
+
+soak: install  ## policy and critic under a mixed load for an hour: memory, descriptors and heartbeats watched
+	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.soak $(ARGS)
+
+fuzz: install  ## a million changed messages through every decoder
+	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m fuzz.run --inputs 1000000 $(ARGS)
+
 assets: install  ## rebuild assets/model_repository, the models that the demo serves
 	.venv/bin/recap loop --preset tiny --out runs/assets $(ARGS)
 	rm -rf assets/model_repository && cp -r runs/assets/1/models assets/model_repository
@@ -51,4 +61,4 @@ clean:  ## remove caches and builds; keeps environments and runs
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.PHONY: demo test test-all install-demo install lint types format loop assets lock clean help
+.PHONY: demo test test-all install-demo install lint types format loop test-triton soak fuzz assets lock clean help

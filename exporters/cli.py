@@ -24,6 +24,15 @@ class ExportArgs:
     """Also export `policy_guided`, which serves classifier-free guidance (beta > 1)."""
     rtc: bool = False
     """With the inputs of real-time chunking; a client that sends none is served as without."""
+    backend: Literal["onnxruntime", "tensorrt", "python"] | None = None
+    """What runs the model inside Triton: onnxruntime and tensorrt are the backends of NVIDIA's image, python is
+    onnxruntime in a model.py, which every Triton runs. By default that of the target."""
+    triton_version: str = "2.51"
+    """Oldest Triton that has to read config.pbtxt."""
+    triton_instances: int = 1
+    """Copies of the model in Triton, each of which runs a batch at a time."""
+    version: int | None = None
+    """Add the model as this version beside the others; without it, the model becomes version 1 and the only one."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Batch sizes that will be served; each costs memory and is compared with torch. 1 for a large model on a CPU."""
     max_abs: float | None = None
@@ -35,8 +44,21 @@ def export(argv: list[str]) -> int:
     """Export, check parity, publish."""
     args = tyro.cli(ExportArgs, args=argv, prog="recap export", description=ExportArgs.__doc__)
     from exporters.repository import ExportOptions, export_checkpoint
+    from exporters.triton_config import TritonOptions
 
-    options = ExportOptions(args.target, args.precision, args.guided, args.rtc, args.batch_sizes, args.max_abs)
+    backend = args.backend or ("tensorrt" if args.target == "tensorrt" else "onnxruntime")
+    untold = args.target == "torch" and args.backend is None
+    triton = None if untold else TritonOptions(backend, args.triton_version, args.triton_instances)
+    options = ExportOptions(
+        args.target,
+        args.precision,
+        args.guided,
+        args.rtc,
+        args.batch_sizes,
+        args.max_abs,
+        triton,
+        args.version,
+    )
     for checkpoint in args.checkpoints:
         for manifest in export_checkpoint(checkpoint, args.out, options):
             print(

@@ -12,7 +12,8 @@ from exporters.audit import audit, drop_unused_outputs
 from exporters.onnx import BATCH_SIZES, export_onnx, save_onnx
 from exporters.parity import Tolerance, compare, judge, onnx_parity
 from exporters.precision import Precision, quantize_int8, require_precision
-from exporters.triton_config import config_pbtxt
+from exporters.triton_config import Arrays, TritonOptions
+from exporters.triton_repository import require_same_tensors, write_backend, write_configuration
 from exporters.wrap import Graph, load_graphs
 from recap_model.manifest import Manifest, publish, write_manifest
 from recap_model.policy.static import StaticPolicy
@@ -20,6 +21,7 @@ from recap_model.spec import write_spec
 
 VERSION = "1"
 Target = Literal["onnx", "torch", "tensorrt"]
+_BACKENDS = {"onnx": ("onnxruntime", "python"), "tensorrt": ("tensorrt",)}  # of Triton
 _LARGE = 100_000_000  # numbers in a model above which one seed has to do for the receipt
 
 
@@ -29,6 +31,8 @@ class ExportOptions:
 
     guided: also `policy_guided`. rtc: with the inputs of real-time chunking. batch_sizes: what engines will serve, and
     what the receipt covers. max_abs: largest accepted difference from torch in action units, None = by precision.
+    triton: how Triton runs it, None = by the backend of the target. version: added beside the model's other versions;
+    None = version 1 in their place.
     """
 
     target: Target = "onnx"
@@ -37,6 +41,8 @@ class ExportOptions:
     rtc: bool = False
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     max_abs: float | None = None
+    triton: TritonOptions | None = None
+    version: int | None = None
 
     def __post_init__(self) -> None:
         wrong = [size for size in self.batch_sizes if not 1 <= size <= max(BATCH_SIZES)]
@@ -44,6 +50,20 @@ class ExportOptions:
             raise ValueError(f"batch_sizes: expected numbers from 1 to {max(BATCH_SIZES)}, got {self.batch_sizes}")
         if self.target != "onnx" and self.precision == "int8":
             raise ValueError(f"precision: int8 is for --target onnx (the CPU), got --target {self.target}")
+        if self.triton is not None and self.target == "torch":
+            raise ValueError("target torch: expected no options for Triton: only `recap serve --engine torch` runs it")
+        if self.triton is not None and self.triton.backend not in _BACKENDS[self.target]:
+            raise ValueError(
+                f"backend: expected one of {', '.join(_BACKENDS[self.target])} for --target {self.target}, "
+                f"got {self.triton.backend}"
+            )
+        if self.version is not None and self.version < 1:
+            raise ValueError(f"version: expected a number from 1, got {self.version}")
+
+    @property
+    def triton_options(self) -> TritonOptions:
+        """How Triton runs it."""
+        return self.triton or TritonOptions("tensorrt" if self.target == "tensorrt" else "onnxruntime")
 
 
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> list[Manifest]:
@@ -64,37 +84,57 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions) -> li
         )
     if any(graph.name == "policy" for graph in graphs):
         # never beside a policy of another checkpoint: `recap serve --beta` would take it for this one's
-        shutil.rmtree(out / "policy_guided", ignore_errors=True)
+        if options.version is None:
+            shutil.rmtree(out / "policy_guided", ignore_errors=True)
+        elif (out / "policy_guided").is_dir() and not options.guided:
+            raise ValueError(f"{out}: has a policy_guided: expected --guided too, for version {options.version} of it")
     return [_publish(graph, out, options) for graph in graphs]
 
 
 def _publish(graph: Graph, out: Path, options: ExportOptions) -> Manifest:
-    with publish(out / graph.name) as folder:
-        version = folder / VERSION
-        version.mkdir()
-        write = {"onnx": _write_onnx, "torch": _write_torch, "tensorrt": _write_tensorrt}[options.target]
-        receipt, extra = write(graph, version, options)
-        (version / "parity.json").write_text(json.dumps(receipt, indent=1) + "\n")
-        write_spec(graph.files.spec, version / "spec.json")
-        graph.files.tokenizer.save(version / "tokenizer.json")
-        inputs = graph.example(1, 0)
-        pbtxt = config_pbtxt(graph.name, inputs, graph.run(inputs), max(options.batch_sizes))
-        (folder / "config.pbtxt").write_text(pbtxt)
-        source = graph.files.manifest
-        return write_manifest(
-            version,
-            "model",
-            parents={"checkpoint": source.hash, **source.parents},
-            parameters={
-                "target": options.target,
-                "precision": _precision(graph, options),
-                "batch_sizes": options.batch_sizes,
-                "rtc": options.rtc,
-                "training": source.parameters,
-                **extra,
-            },
-            metrics={"max_abs": receipt["max_abs"], "cosine": receipt["cosine"], "training": source.metrics},
-        )
+    model, inputs = out / graph.name, graph.example(1, 0)
+    outputs = graph.run(inputs)
+    if options.version is None:
+        with publish(model) as folder:
+            (folder / VERSION).mkdir()
+            manifest = _fill(graph, folder / VERSION, options)
+            _configure(graph.name, folder, inputs, outputs, options)
+        return manifest
+    require_same_tensors(model, inputs, outputs)
+    with publish(model / str(options.version)) as version:
+        manifest = _fill(graph, version, options)
+    _configure(graph.name, model, inputs, outputs, options)
+    return manifest
+
+
+def _configure(name: str, folder: Path, inputs: Arrays, outputs: Arrays, options: ExportOptions) -> None:
+    if options.target != "torch":
+        write_configuration(folder, inputs, outputs, options.batch_sizes, options.triton_options, name)
+
+
+def _fill(graph: Graph, version: Path, options: ExportOptions) -> Manifest:
+    """Everything of a version folder."""
+    write = {"onnx": _write_onnx, "torch": _write_torch, "tensorrt": _write_tensorrt}[options.target]
+    receipt, extra = write(graph, version, options)
+    (version / "parity.json").write_text(json.dumps(receipt, indent=1) + "\n")
+    write_spec(graph.files.spec, version / "spec.json")
+    graph.files.tokenizer.save(version / "tokenizer.json")
+    write_backend(version, options.triton_options)
+    source = graph.files.manifest
+    return write_manifest(
+        version,
+        "model",
+        parents={"checkpoint": source.hash, **source.parents},
+        parameters={
+            "target": options.target,
+            "precision": _precision(graph, options),
+            "batch_sizes": options.batch_sizes,
+            "rtc": options.rtc,
+            "training": source.parameters,
+            **extra,
+        },
+        metrics={"max_abs": receipt["max_abs"], "cosine": receipt["cosine"], "training": source.metrics},
+    )
 
 
 def _precision(graph: Graph, options: ExportOptions) -> Precision:

@@ -37,6 +37,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("exporters.cli:export", "checkpoint -> model repository with a parity receipt"),
     "serve": ("services.cli:serve", "policy and critic services on a model repository"),
+    "keys add": ("services.keys_cli:add", "a key for a robot or an operator, printed once; limits, scopes, expiry"),
+    "keys list": ("services.keys_cli:show", "the keys of a file, without the keys"),
+    "keys revoke": ("services.keys_cli:revoke", "end a key; its sessions end within a second"),
+    "models list": ("services.models_cli:list_", "models of a running policy service"),
+    "models load": ("services.models_cli:load", "load a model beside the live one: shadow, canary or live"),
+    "models promote": ("services.models_cli:promote", "make the canary or the shadow the live model"),
+    "models rollback": ("services.models_cli:rollback", "end the canary, or back to the previous live model"),
+    "models unload": ("services.models_cli:unload", "end the shadow"),
     "evaluate": ("training.evaluate:evaluate", "success rate and throughput of a policy in simulation"),
     "offline": ("training.cli_view:offline", "policy against recorded actions, by label and by prompt"),
     "probe": ("training.cli_probe:main", "one checkpoint in simulation under every prompt: positive, negative, none"),
@@ -44,6 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("training.report:main", "report.html of a finished or running loop"),
     "bench": ("services.cli:bench", "latency of the services on this machine"),
     "bench engine": ("benchmarks.engine:main", "every engine on the same model, beside LeRobot and the roofline"),
+    "bench serve": ("benchmarks.serve.command:main", "the policy service beside other servers: latency, CPU, robots"),
 }
 
 # imported package -> extra of recap-stack that brings it

@@ -61,10 +61,12 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 def spec_from_json(data: dict[str, Any]) -> Spec:
     """Inverse of `spec_to_json`. Raises SpecError on an unknown kind or wrong fields."""
+    if not isinstance(data, dict):
+        raise SpecError(f"spec: expected a map, got {type(data).__name__}")
     fields = dict(data)
     kind = fields.pop("kind", None)
     types: dict[str, type[PolicySpec] | type[CriticSpec]] = {"policy": PolicySpec, "critic": CriticSpec}
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         raise SpecError(f"spec.kind: expected one of {sorted(types)}, got {kind!r}")
     fields["robot"] = RobotSpec.from_json(fields.get("robot", {}))
     try:

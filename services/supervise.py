@@ -6,6 +6,7 @@ Two processes, because a critic that shares an interpreter with the policy takes
 import asyncio
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -19,7 +20,16 @@ from rich.console import Console
 
 from recap_client.spec import require_equal
 from services.common.server import DrainingServer, bind, make_server
-from services.common.settings import API_KEY_VARIABLE, CriticSettings, PolicySettings, api_key_from
+from services.common.settings import (
+    API_KEY_VARIABLE,
+    CriticSettings,
+    ModelSource,
+    PolicySettings,
+    Recording,
+    admin_key_from,
+    api_key_from,
+)
+from services.exposure import access, critic_tls, tls, warn
 from services.options import ServeArgs
 
 _SETUP_FAILED = 2
@@ -39,13 +49,10 @@ def serve_one(args: ServeArgs, ready: Any = None) -> int:
     sock = bind(args.host, args.policy_port if policy else args.critic_port)  # first: a taken port needs no loading
     for port in _front_ports(args) if policy else ():
         bind(args.host, port).close()
+    certificate = tls(args)
     app = _policy_app(args) if policy else _critic_app(args)
-    server = make_server(app, app.state.limits)
-    if args.host not in ("127.0.0.1", "::1", "localhost") and api_key_from() is None:
-        console.print(
-            f"{args.what}: open to everyone who reaches {args.host}; set {API_KEY_VARIABLE} to ask for a key",
-            style="yellow",
-        )
+    server = make_server(app, app.state.limits, certificate)
+    warn(args)
     factory = server.config.get_loop_factory()  # uvloop where it is installed: a tenth of a millisecond a request
     asyncio.run(_serve(server, sock, args, ready), loop_factory=factory)
     return 0
@@ -55,7 +62,10 @@ def serve_all(args: ServeArgs) -> int:
     """Serve both, each in a process of its own; restart one that dies, give up on one that keeps dying."""
     for port in (args.policy_port, args.critic_port, *_front_ports(args)):
         bind(args.host, port).close()
+    tls(args)
     _check_pair(args)
+    if args.keys is not None and api_key_from() is None:
+        os.environ[API_KEY_VARIABLE] = secrets.token_urlsafe(32)  # with which the policy calls the critic
     return _Supervisor(args).run()
 
 
@@ -63,7 +73,7 @@ def _policy_app(args: ServeArgs) -> Any:
     from services.policy.app import create_app
     from services.policy.pipeline import load_policy_engine
 
-    engine = load_policy_engine(args.models, args.beta, args.engine, args.engine_threads)
+    engine = load_policy_engine(args.models, args.beta, _engine(args), args.engine_threads)
     engine.warm_up()
     settings = PolicySettings(
         args.beta,
@@ -74,8 +84,29 @@ def _policy_app(args: ServeArgs) -> Any:
         args.host,
         args.lerobot_port,
         args.groot_port,
+        args.limits,
+        access(args),
+        tls(args),
+        critic_tls(args),
+        source=ModelSource(args.models, _engine(args), args.engine_threads, admin_key_from(), args.audit),
+        record=_recording(args),
     )
     return create_app(engine, settings)
+
+
+def _engine(args: ServeArgs) -> str:
+    """The kind that `load_engine` takes."""
+    if args.triton_url is None:
+        return args.engine
+    if args.engine != "triton":
+        raise ValueError(f"--triton-url: expected --engine triton beside it, got --engine {args.engine}")
+    return f"triton@{args.triton_url}"
+
+
+def _recording(args: ServeArgs) -> Recording | None:
+    if args.record is None:
+        return None
+    return Recording(args.record, args.record_images, int(args.record_min_free * 2**30), args.record_gap)
 
 
 def _front_ports(args: ServeArgs) -> list[int]:
@@ -86,9 +117,9 @@ def _critic_app(args: ServeArgs) -> Any:
     from services.common.engine import load_engine
     from services.critic.app import create_app
 
-    engine = load_engine(args.models, "critic")
+    engine = load_engine(args.models, "critic", _engine(args) if args.engine == "triton" else "onnxruntime")
     engine.warm_up()
-    return create_app(engine, CriticSettings(api_key=api_key_from()))
+    return create_app(engine, CriticSettings(api_key=api_key_from(), access=access(args)))
 
 
 def _check_pair(args: ServeArgs) -> None:
@@ -113,16 +144,16 @@ async def _serve(server: DrainingServer, sock: Any, args: ServeArgs, ready: Any)
 
 def announce(args: ServeArgs) -> None:
     """Print where everything is."""
-    at = _url_host(args.host)
+    at, s = _url_host(args.host), "" if args.tls_cert is None else "s"
     if args.what != "critic":
-        console.print(f"policy     ws://{at}:{args.policy_port}/act   (openpi protocol and recap.v1; POST /act)")
+        console.print(f"policy     ws{s}://{at}:{args.policy_port}/act   (openpi protocol and recap.v1; POST /act)")
         if args.lerobot_port is not None:
             console.print(f"lerobot    {at}:{args.lerobot_port}   (--server_address of LeRobot's robot client)")
         if args.groot_port is not None:
             console.print(f"groot      tcp://{at}:{args.groot_port}   (host and port of GR00T's policy client)")
     if args.what != "policy":
-        console.print(f"critic     ws://{at}:{args.critic_port}/value")
-        console.print(f"dashboard  http://{at}:{args.critic_port}/")
+        console.print(f"critic     ws{s}://{at}:{args.critic_port}/value")
+        console.print(f"dashboard  http{s}://{at}:{args.critic_port}/")
     console.print("ready; Ctrl-C stops")
 
 
@@ -181,8 +212,10 @@ class _Supervisor:
 
     def _start(self, what: str) -> Any:
         at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._args.host, _url_host(self._args.host))
-        url = self._args.critic_url or f"ws://{at}:{self._args.critic_port}/value"
-        args = replace(self._args, what=what, critic_url=url)  # type: ignore[arg-type]
+        scheme, ca = ("ws", None) if self._args.tls_cert is None else ("wss", self._args.tls_cert)
+        url = self._args.critic_url or f"{scheme}://{at}:{self._args.critic_port}/value"
+        ca = self._args.critic_ca if self._args.critic_url else ca
+        args = replace(self._args, what=what, critic_url=url, critic_ca=ca)  # type: ignore[arg-type]
         ready = self._ready[what] = self._context.Event()
         child = self._context.Process(target=serve_child, args=(args, ready), name=f"recap-{what}")
         child.start()

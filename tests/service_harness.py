@@ -18,7 +18,7 @@ from recap_client import wire
 from repository_factory import TASKS
 from services.common.engine import Engine, load_engine
 from services.common.server import Running, running
-from services.common.settings import CriticSettings, PolicySettings
+from services.common.settings import CriticSettings, PolicySettings, Tls
 from services.critic.app import create_app as create_critic_app
 from services.policy.app import create_app as create_policy_app
 from services.policy.pipeline import load_policy_engine
@@ -99,15 +99,15 @@ def policy_server(models: Path, *, port: int = 0, **settings: Any) -> Iterator[S
     config = PolicySettings(**settings)
     engine = SpyEngine(load_policy_engine(models, config.beta, "onnxruntime"))
     app = create_policy_app(engine, config)
-    with running(app, app.state.limits, port=port) as bound:
+    with running(app, app.state.limits, port=port, tls=config.tls) as bound:
         yield Served(bound, app.state.service, engine)
 
 
 @contextmanager
-def critic_server(models: Path, *, port: int = 0, **settings: Any) -> Iterator[Served]:
+def critic_server(models: Path, *, port: int = 0, tls: Tls | None = None, **settings: Any) -> Iterator[Served]:
     engine = SpyEngine(load_engine(models, "critic"))
     app = create_critic_app(engine, CriticSettings(**settings))
-    with running(app, app.state.limits, port=port) as bound:
+    with running(app, app.state.limits, port=port, tls=tls) as bound:
         yield Served(bound, app.state.service, engine)
 
 

@@ -27,6 +27,9 @@ class Ingest:
     """Take recordings that were interrupted, or whose outcome is unknown, as failures; without it they are left out."""
     skip_invalid: bool = False
     """Leave out files that cannot be read or hold NaN; without it they stop the ingestion."""
+    served: bool = False
+    """Take recordings of the policy service (`recap serve --record`) too, of robots that asked at every control step;
+    the action sent stands for the action executed."""
     video: bool = False
     """Store cameras as video (small, lossy) instead of lossless images."""
 
@@ -42,7 +45,9 @@ def ingest(argv: list[str]) -> int:
         raise IngestError("expected either --rollouts FOLDER [FOLDER ...] or --lerobot FOLDER")
     if args.lerobot is not None:
         return _convert(args.lerobot, args.out, console)
-    found = survey(args.rollouts, keep_incomplete=args.keep_incomplete, skip_invalid=args.skip_invalid)
+    found = survey(
+        args.rollouts, keep_incomplete=args.keep_incomplete, skip_invalid=args.skip_invalid, served=args.served
+    )
     for item in found.left:
         console.print(f"[yellow]left out[/] {item.path}: {item.reason}", highlight=False, soft_wrap=True)
     manifest = write(

@@ -58,15 +58,18 @@ class Survey:
     left: tuple[Left, ...]
 
 
-def survey(folders: Sequence[Path], *, keep_incomplete: bool = False, skip_invalid: bool = False) -> Survey:
+def survey(
+    folders: Sequence[Path], *, keep_incomplete: bool = False, skip_invalid: bool = False, served: bool = False
+) -> Survey:
     """Read every recording once without its images. Raises IngestError, naming the files, when a folder holds none, or
-    when one cannot be used and `skip_invalid` is not set; incomplete recordings are left out (or kept as failures)."""
+    when one cannot be used and `skip_invalid` is not set; incomplete recordings are left out (or kept as failures).
+    So are those that the policy service made; served: take the ones in which the robot asked at every control step."""
     spec: RobotSpec | None = None
     first: Path | None = None
     sources, left, invalid = [], [], []
     for path in find(folders):
         try:
-            rollout = read_rollout(path, images=False)
+            rollout = _as_executed(read_rollout(path, images=False))
             _check(rollout)
             if spec is not None:
                 require_equal(spec, rollout.spec, what=f"{path} against {first}")
@@ -77,7 +80,7 @@ def survey(folders: Sequence[Path], *, keep_incomplete: bool = False, skip_inval
             continue
         if spec is None:
             spec, first = rollout.spec, path
-        reason = _incomplete(rollout, keep_incomplete)
+        reason = _unseen(rollout, served) or _incomplete(rollout, keep_incomplete)
         if reason:
             left.append(Left(path, reason))
         else:
@@ -120,7 +123,7 @@ def ingest(
         provenance = []
         with VideoDatasetWriter(folder, found.spec) if video else DatasetWriter(folder, found.spec) as writer:
             for source in progress(found.sources):
-                rollout = read_rollout(source.path)
+                rollout = _as_executed(read_rollout(source.path))
                 _require_cameras(rollout, found.spec)
                 writer.add(_episode(rollout, source.success))
                 provenance.append(_provenance(rollout, source))
@@ -174,6 +177,7 @@ def _provenance(rollout: Rollout, source: Source) -> dict[str, Any]:
         "style": rollout.style,
         "reason": rollout.reason,
         "complete": rollout.complete,
+        "source": rollout.source,
         "missed_deadlines": rollout.missed_deadlines,
         "intervention_frames": int(rollout.intervention.sum()),
     }
@@ -190,6 +194,29 @@ def _incomplete(rollout: Rollout, keep: bool) -> str:
     return (
         f"it was not closed (recording interrupted), {rollout.steps} steps are readable; --keep-incomplete takes "
         "them as a failure"
+    )
+
+
+def _as_executed(rollout: Rollout) -> Rollout:
+    """A service knows what it sent, not what the robot did: its first action stands for that (see `_unseen`)."""
+    return replace(rollout, action=rollout.proposed) if rollout.source == "service" else rollout
+
+
+def _unseen(rollout: Rollout, served: bool) -> str:
+    """Why a recording of the service says too little; empty when it is used. Frames of a dataset are control steps."""
+    if rollout.source != "service":
+        return ""
+    if not served:
+        return (
+            "the policy service recorded it, which sees neither the executed actions nor the steps between two "
+            "requests; --served takes those of robots that ask at every control step"
+        )
+    asked, period = float(np.median(np.diff(rollout.t))) if rollout.steps > 1 else 0.0, 1 / rollout.control_hz
+    if 0.5 * period <= asked <= 1.5 * period:
+        return ""
+    return (
+        f"the policy service recorded it: expected a request at every control step ({period:.3f} s), got one in "
+        f"{asked:.3f} s; the steps between are not known"
     )
 
 

@@ -1,37 +1,43 @@
-"""`recap-client run | replay | bench`: drive a robot, look into a recording, measure a service."""
+"""`recap-client run | replay | bench | spec`: drive a robot, look into a recording, measure or describe a service."""
 
 import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from recap_client.chunks import STRATEGIES
+from recap_client.delay import Delay
+from recap_client.emergency import EmergencyStop, EmergencyStopped, armed, file_source, keyboard, signals
 from recap_client.fleet import FleetError, FleetSettings, Job, run_fleet
 from recap_client.intervention import TakeoverRule
-from recap_client.pace import Pace
 from recap_client.policy import RemotePolicy
 from recap_client.record import RecordError
+from recap_client.replay import add_replay
 from recap_client.robots.base import Observation, RobotError
-from recap_client.robots.registry import open_robot
-from recap_client.rollout import RolloutError, read_rollout
+from recap_client.rollout import RolloutError
 from recap_client.runtime import EpisodeResult, LoopSettings
-from recap_client.safety import SafetyLimits
-from recap_client.session import ServiceError
-from recap_client.spec import RobotSpec, SpecError, require_equal
+from recap_client.safety import MaxChange
+from recap_client.session import PROXY_VARIABLE, ServiceError, served_spec
+from recap_client.spec import SpecError
+from recap_client.tls import CA_VARIABLE
 
-KNOWN_ERRORS = (FleetError, RecordError, RobotError, RolloutError, ServiceError, SpecError)
+KNOWN_ERRORS = (EmergencyStopped, FleetError, RecordError, RobotError, RolloutError, ServiceError, SpecError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 1 when a recording is not whole, 2 for a known error, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if getattr(arguments, "tls_ca", None):
+        os.environ[CA_VARIABLE] = str(arguments.tls_ca)  # worker processes look there too
     try:
         return int(arguments.command(arguments))
     except KNOWN_ERRORS as error:
@@ -45,64 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run episodes, one line each, and a JSON summary as the last line."""
     rule = TakeoverRule(arguments.intervene) if arguments.intervene else None
+    late = None if arguments.realtime else _delay(arguments.delay_ms, arguments.jitter_ms)
     loop = LoopSettings(
-        arguments.execute, arguments.realtime, max_change=arguments.max_change, image_format=arguments.images
-    )
+        arguments.execute, arguments.realtime, max_change=_max_change(arguments.max_change),
+        image_format=arguments.images, chunks=arguments.chunks, horizon=arguments.horizon, delay=late,
+    )  # fmt: skip
     settings = FleetSettings(arguments.robot, json.loads(arguments.robot_options), arguments.url, arguments.value_url,
                              arguments.style, rule, arguments.record, loop, _headers(arguments.api_key))  # fmt: skip
     jobs = [Job(task, arguments.seed + n) for n in range(arguments.episodes) for task in arguments.task]
-    results = run_fleet(jobs, settings, on_result=_print_result)
+    if arguments.proxy:
+        os.environ[PROXY_VARIABLE] = arguments.proxy
+    with _emergency_stop(arguments.stop_file) as stop:
+        results = run_fleet(jobs, settings, on_result=lambda result, resumed: _told(stop, result, resumed))
     latency = np.concatenate([result.act_latency_s for result in results]) if results else np.zeros(0)
     print(json.dumps({
         "episodes": len(results), "success_rate": float(np.mean([bool(result.success) for result in results])),
         "steps": sum(result.steps for result in results), **_percentiles("act", latency),
         "deadline_misses": sum(result.missed_deadlines for result in results),
+        "chunks": arguments.chunks, **_switches(results),
     }))  # fmt: skip
     return 1 if any(result.record_error for result in results) else 0
 
 
-def replay(arguments: argparse.Namespace) -> int:
-    """Print what a recording holds, or step its actions through a robot from the same task and seed."""
-    rollout = read_rollout(arguments.file, images=False)
-    outcome = {True: "success", False: "no success", None: "outcome unknown"}[rollout.success]
-    print(f"{rollout.task!r} ({rollout.spec.robot}, seed {rollout.seed}): {rollout.steps} steps at "
-          f"{rollout.control_hz:g} Hz, {outcome} ({rollout.reason})")  # fmt: skip
-    by = f"demonstration, style {rollout.style}" if rollout.demonstration else f"policy {dict(rollout.policy or {})}"
-    print(
-        f"{by}; {int(rollout.intervention.sum())} steps under the operator; {rollout.missed_deadlines} missed "
-        f"deadlines; cameras {', '.join(rollout.spec.camera_names)}{'' if rollout.complete else '; FILE INCOMPLETE'}"
-    )
-    if arguments.robot is None:
-        return 0
-    step, worst, success = -1, 0.0, None
-    robot = open_robot(arguments.robot)
-    try:
-        require_equal(robot.spec, rollout.spec, what=f"{arguments.file}: recorded on another robot")
-        safe = SafetyLimits(robot.spec)
-        robot.reset(rollout.task, rollout.seed)
-        pace = Pace(1.0 / rollout.control_hz, realtime=not arguments.fast)
-        for step, action in enumerate(rollout.action):
-            pace.wait(step)
-            worst = max(worst, float(np.abs(robot.observe().state - rollout.state[step]).max()))
-            result = robot.act(safe(action)) if np.isfinite(action).all() else robot.hold()
-            pace.end(step)
-            success = result.success
-            if result.done:
-                break
-    except BaseException:
-        with contextlib.suppress(Exception):
-            robot.hold()
-        raise
-    finally:
-        robot.close()
-    print(json.dumps({"steps": step + 1, "success": success, "recorded_success": rollout.success,
-                      "largest_state_difference": worst}))  # fmt: skip
-    return 0
-
-
 def bench(arguments: argparse.Namespace) -> int:
     """Latency of a policy service as the robot sees it; JSON as the last line."""
-    spec = _served_spec(arguments.url, _headers(arguments.api_key))
+    spec = served_spec(arguments.url, _headers(arguments.api_key))
     policy = RemotePolicy(arguments.url, spec, robot="bench", jpeg_quality=arguments.jpeg,
                           headers=_headers(arguments.api_key))  # fmt: skip
     rng = np.random.default_rng(0)
@@ -123,21 +96,44 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _served_spec(url: str, headers: dict[str, str]) -> RobotSpec:
-    """The robot spec that a policy service was made for: a benchmark has no robot of its own."""
-    from websockets.exceptions import WebSocketException
-    from websockets.sync.client import connect
+def spec(arguments: argparse.Namespace) -> int:
+    """Print the robot spec of a service as JSON: names, units, limits, cameras, rate."""
+    if arguments.proxy:
+        os.environ[PROXY_VARIABLE] = arguments.proxy
+    print(json.dumps(served_spec(arguments.url, _headers(arguments.api_key)).to_json(), indent=1))
+    return 0
 
-    from recap_client.session import SUBPROTOCOL
-    from recap_client.wire import unpack
 
+@contextlib.contextmanager
+def _emergency_stop(path: Path | None) -> Iterator[EmergencyStop]:
+    """Armed, and pressed by a key, by SIGUSR1 or by a file."""
+    stop = EmergencyStop(file_source(path) if path else None)
+    with armed(stop), signals(stop), keyboard(stop) as keys:
+        ways = ["Space or Enter"] if keys else []
+        ways += [f"kill -USR1 {os.getpid()}"] if sys.platform != "win32" else []
+        ways += [f"the file {path}"] if path else []
+        print(f"emergency stop: {', '.join(ways)}", file=sys.stderr)
+        yield stop
+
+
+def _told(stop: EmergencyStop, result: EpisodeResult, resumed: bool) -> None:
+    """Show a result; after an emergency stop nothing goes on before the operator says so."""
+    _print_result(result, resumed)
+    if stop.poll():
+        print(f"STOPPED ({stop.poll()}). To go on: r, or kill -USR2 {os.getpid()}. To end: Ctrl-C.", file=sys.stderr)
+        stop.wait_until_reset()
+
+
+def _max_change(values: Sequence[str] | None) -> MaxChange | None:
+    """What `SafetyLimits` takes, from one number or from NAME=NUMBER each."""
+    if not values:
+        return None
     try:
-        with connect(url, subprotocols=[SUBPROTOCOL], compression=None, proxy=None,  # type: ignore[list-item]
-                     additional_headers=headers) as link:  # fmt: skip
-            welcome = unpack(link.recv(timeout=5))
-            return RobotSpec.from_json(welcome["spec"]["robot"])
-    except (OSError, WebSocketException, KeyError, TypeError, ValueError) as error:
-        raise ServiceError(f"{url}: expected a policy service speaking {SUBPROTOCOL}, got none: {error}") from error
+        if len(values) == 1 and "=" not in values[0]:
+            return float(values[0])
+        return {name: float(number) for name, _, number in (value.rpartition("=") for value in values)}
+    except ValueError as error:
+        raise SpecError(f"--max-change: expected one number, or NAME=NUMBER each, got {list(values)}") from error
 
 
 def _percentiles(name: str, seconds: "np.ndarray[Any, Any]") -> dict[str, float | None]:
@@ -145,6 +141,22 @@ def _percentiles(name: str, seconds: "np.ndarray[Any, Any]") -> dict[str, float 
         return {f"{name}_p50_ms": None, f"{name}_p99_ms": None}
     p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
     return {f"{name}_p50_ms": round(float(p50), 3), f"{name}_p99_ms": round(float(p99), 3)}
+
+
+def _switches(results: Sequence[EpisodeResult]) -> dict[str, float | None]:
+    """How chunks followed each other: control steps from observation to first action, and the jump at the seam."""
+    delays = [delay for result in results for delay in result.delays]
+    seams = [seam for result in results for seam in result.seams]
+    return {
+        "delay_steps_mean": round(float(np.mean(delays)), 3) if delays else None,
+        "delay_steps_max": max(delays, default=None),
+        "seam_error_mean": round(float(np.mean(seams)), 5) if seams else None,
+        "seam_error_max": round(max(seams), 5) if seams else None,
+    }
+
+
+def _delay(delay_ms: float, jitter_ms: float) -> Delay | None:
+    return Delay(delay_ms / 1e3, jitter_ms / 1e3) if delay_ms or jitter_ms else None
 
 
 def _print_result(result: EpisodeResult, resumed: bool) -> None:
@@ -158,14 +170,15 @@ def _print_result(result: EpisodeResult, resumed: bool) -> None:
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+    key = api_key or os.environ.get("RECAP_API_KEY")
+    return {"Authorization": f"Api-Key {key}"} if key else {}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("recap-client", description="Robot side of the RECAP stack.")
-    commands = parser.add_subparsers(required=True, metavar="run|replay|bench")
+    commands = parser.add_subparsers(required=True, metavar="run|replay|bench|spec")
     add = commands.add_parser("run", help="run episodes on a robot against a policy service, and record them")
-    add.add_argument("--robot", default="metaworld", help="name, or package.module:Class")
+    add.add_argument("--robot", default="metaworld", help="name, lerobot:TYPE, or package.module:Class")
     add.add_argument("--robot-options", default="{}", metavar="JSON", help="keyword arguments of the robot")
     add.add_argument("--task", nargs="+", required=True, help="task names or prompts of the robot")
     add.add_argument("--url", help="policy service, e.g. ws://127.0.0.1:8000/act; without it the human demonstrates")
@@ -177,23 +190,36 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--record", type=Path, metavar="DIR", help="one .mcap per episode; finished ones are skipped")
     add.add_argument("--images", choices=("png", "jpeg"), default="png", help="in the recording; png is lossless")
     add.add_argument("--execute", type=int, default=4, help="actions of a chunk before asking again")
-    add.add_argument("--max-change", type=float, help="largest change of an action dimension per control step")
-    add.add_argument("--api-key")
+    add.add_argument("--chunks", choices=STRATEGIES, default="switch",
+                     help="how one chunk follows another: the newest at once; the same, asking whenever possible; the "
+                     "mean of those that overlap; real-time chunking (model exported with --rtc)")  # fmt: skip
+    add.add_argument("--horizon", type=int, metavar="N", help="rtc: rows of the old chunk to keep (default: the delay)")
+    add.add_argument("--delay-ms", type=float, default=0.0, help="with --fast: delay of replies, in robot time")
+    add.add_argument("--jitter-ms", type=float, default=0.0, help="with --fast: of that delay, plus or minus")
+    add.add_argument("--max-change", nargs="+", metavar="[NAME=]X",
+                     help="largest change per control step: of every action dimension, or of those named")  # fmt: skip
+    add.add_argument("--stop-file", type=Path, metavar="PATH", help="emergency stop while this file exists")
+    add.add_argument("--api-key", help="default: RECAP_API_KEY of the environment, which others cannot see")
+    add.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA of services at wss:// (else the system's)")
+    add.add_argument("--proxy", metavar="URL", help="HTTP proxy to the services; those of the environment are ignored")
     pace = add.add_mutually_exclusive_group()
     pace.add_argument("--realtime", dest="realtime", action="store_true", default=True, help="control rate (default)")
     pace.add_argument("--fast", dest="realtime", action="store_false", help="as fast as the simulator goes")
     add.set_defaults(command=run)
-    add = commands.add_parser("replay", help="summary of a recording, or its actions on a robot")
-    add.add_argument("file", type=Path)
-    add.add_argument("--robot", help="step the actions through this robot")
-    add.add_argument("--fast", action="store_true", help="as fast as the robot goes, not at the recorded rate")
-    add.set_defaults(command=replay)
+    add_replay(commands)
     add = commands.add_parser("bench", help="latency of a policy service")
     add.add_argument("--url", required=True)
     add.add_argument("--requests", type=int, default=200)
     add.add_argument("--jpeg", type=int, metavar="QUALITY", help="send JPEG instead of raw frames")
-    add.add_argument("--api-key")
+    add.add_argument("--api-key", help="default: RECAP_API_KEY of the environment, which others cannot see")
+    add.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA of services at wss:// (else the system's)")
     add.set_defaults(command=bench)
+    add = commands.add_parser("spec", help="the robot that a service was made for, as JSON")
+    add.add_argument("--url", required=True)
+    add.add_argument("--api-key", help="default: RECAP_API_KEY of the environment, which others cannot see")
+    add.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA of services at wss:// (else the system's)")
+    add.add_argument("--proxy", metavar="URL", help="HTTP proxy to the service")
+    add.set_defaults(command=spec)
     return parser
 
 

@@ -131,7 +131,8 @@ class Worker:
             except ServiceError as error:
                 problem = str(error)
             else:
-                if self.settings.loop.realtime or not result.starved or result.reason == "operator":
+                loop = self.settings.loop
+                if loop.realtime or loop.delay or not result.starved or result.reason in ("operator", "stopped"):
                     return result
                 problem = f"no action for {result.starved} of {result.steps} control steps"
                 if result.recording:

@@ -33,6 +33,15 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
     return _decode(data, "JPEG")
 
 
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header of a JPEG file; nothing is decoded. Raises ImageError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `_decode`; a size beyond reason is an error of Pillow's own
+        raise ImageError(f"expected a JPEG image, got {len(data)} bytes that do not decode ({error})") from error
+
+
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """uint8 [H, W, 3] -> PNG file (lossless)."""
     return _encode(image, "PNG", compress_level=1)

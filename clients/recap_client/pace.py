@@ -81,7 +81,7 @@ class Caller(Generic[T]):
             if not future.done():
                 return None
             self._pending = None
-            raise
+            return step, future.result()  # it ended just after the wait, or raised this itself
         except BaseException:
             if future.done():
                 self._pending = None

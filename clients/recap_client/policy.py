@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from recap_client.images import JpegImage, encode_jpeg
 from recap_client.robots.base import Observation
+from recap_client.rtc import Chaining
 from recap_client.session import ProtocolError, Session
 from recap_client.spec import RobotSpec
 
@@ -50,14 +51,21 @@ class RemotePolicy:
         """name, version and hash of the model that is served."""
         return {key: str(value) for key, value in self.session.welcome.model.items()}
 
+    @property
+    def rtc(self) -> bool:
+        """Can the model that is served now continue a chunk (real-time chunking)?"""
+        return self.session.welcome.details.get("rtc") is True
+
     def reset(self, episode: str, task: str, seed: int | None = None) -> None:
         """Start an episode. With a seed (>= 0), flow noise depends on (seed, number of the request) alone."""
         self._episode, self._seed, self._seq = episode, -1 if seed is None else seed, 0
         message = {"type": "reset", "robot": self.robot, "episode": episode, "task": task}
         self.session.call(message if self.forward else {**message, "forward": False})
 
-    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None) -> Chunk:
-        """Ask for the actions that follow `observation`. deadline_s: seconds from now after which it is of no use."""
+    def infer(self, observation: Observation, prompt: str, *, deadline_s: float | None = None,
+              chaining: Chaining | None = None) -> Chunk:  # fmt: skip
+        """Ask for the actions that follow `observation`. deadline_s: seconds from now after which it is of no use.
+        chaining: the chunk that is being executed, for a model that can continue it."""
         seq, self._seq = self._seq, self._seq + 1
         message = {
             "type": "act", "seq": seq, "t_obs": observation.t, "robot": self.robot, "episode": self._episode,
@@ -67,6 +75,8 @@ class RemotePolicy:
             message["seed"] = self._seed
         if not self.forward:
             message["forward"] = False
+        if chaining is not None:
+            message |= _chaining_fields(chaining)
         if deadline_s is not None:
             message["deadline_ms"] = deadline_s * 900  # the refusal must be here before we hang up
         began = time.monotonic()
@@ -77,8 +87,11 @@ class RemotePolicy:
         if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != width or not len(actions):
             got = list(actions.shape) if isinstance(actions, np.ndarray) else type(actions).__name__
             raise ProtocolError(f"{self.session.url}: actions: expected a float32 array [H, {width}], got {got}")
-        timing = {k: float(v) for k, v in dict(reply.get("server_timing", {})).items()}
-        return Chunk(np.asarray(actions, np.float32), seq, observation.t, latency, timing)
+        try:
+            timing = {k: float(v) for k, v in dict(reply.get("server_timing", {})).items()}
+            return Chunk(np.asarray(actions, np.float32), seq, observation.t, latency, timing)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"{self.session.url}: actions, server_timing: expected numbers: {error}") from error
 
     def outcome(self, success: bool) -> None:
         """Tell the service how the episode ended."""
@@ -96,6 +109,19 @@ class RemotePolicy:
 
     def close(self) -> None:
         self.session.close()
+
+
+def _chaining_fields(chaining: Chaining) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    if chaining.previous is not None:
+        fields |= {"previous": np.asarray(chaining.previous, np.float32), "delay": chaining.delay}
+        if chaining.horizon is not None:
+            fields["horizon"] = chaining.horizon
+    if chaining.runs_out_s is not None:
+        fields["runs_out_ms"] = 1000 * chaining.runs_out_s
+    if chaining.switched is not None:
+        fields["switched"] = {"delay": chaining.switched.delay, "seam": chaining.switched.seam}
+    return fields
 
 
 def encode_observation(observation: Observation, prompt: str, jpeg_quality: int | None = None) -> dict[str, object]:

@@ -5,37 +5,26 @@ control step, `/outcome` once at the end. A file is written as `<name>.mcap.part
 Encoding and writing happen in a thread: the control loop only hands over references.
 """
 
-import base64
-import json
 import logging
 import math
-import os
 import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from mcap.writer import CompressionType, Writer
 from numpy.typing import NDArray
 
 from recap_client.images import encode_jpeg, encode_png
 from recap_client.rollout import Rollout, RolloutError, read_rollout
+from recap_client.rollout_file import RecordError, RolloutFile, numbers
 from recap_client.spec import RobotSpec
 
 __all__ = ["EpisodeInfo", "Outcome", "RecordError", "Recorder", "Rollout", "RolloutError", "StepRecord", "read_rollout"]
 
-SCHEMA = "1"
-_CHUNK_BYTES = 256 * 1024
-
 _log = logging.getLogger(__name__)
-
-
-class RecordError(RuntimeError):
-    """The log of an episode cannot be written (disk full, no permission, file exists)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode ended. reason: "success" | "timeout" | "operator" | "error"; success None = not known."""
+    """How an episode ended. reason: "success" | "timeout" | "operator" | "stopped" (the
+    emergency stop) | "error"; success None = not known."""
 
     success: bool | None
     steps: int
@@ -92,7 +82,6 @@ class _State:
 
     error: RecordError | None = None
     dropped: int = 0
-    sequence: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -109,20 +98,13 @@ class Recorder:
         if image_format not in ("png", "jpeg"):
             raise RecordError(f"image_format: expected 'png' or 'jpeg', got {image_format!r}")
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
-        if self.path.exists():
-            raise RecordError(f"{self.path}: expected no such file, got a finished recording; choose another folder")
         self._format, self._wait, self._flush_s = image_format, wait, flush_s
         self._queue: queue.Queue[StepRecord | Outcome] = queue.Queue(depth)
         self._state = _State()
-        # maps the monotonic clock of the observations to wall time, which log viewers expect
-        self._wall_offset = time.time() - time.monotonic()
+        self._file = RolloutFile(self.path, info.spec.camera_names)
+        self.part = self._file.part
         try:
-            self.part.parent.mkdir(parents=True, exist_ok=True)
-            _set_aside(self.part)
-            self._stream = self.part.open("wb")
-            self._writer: Any = Writer(self._stream, chunk_size=_CHUNK_BYTES, compression=CompressionType.ZSTD)
-            self._channels = self._begin(info)
+            self._begin(info)
         except OSError as error:
             raise RecordError(f"{self.part}: cannot write the rollout log: {error}") from error
         self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
@@ -153,31 +135,14 @@ class Recorder:
         self._thread.join()
         return self._state.error
 
-    def _begin(self, info: EpisodeInfo) -> dict[str, int]:
-        writer = self._writer
-        writer.start(profile="", library="recap-client")
-        writer.add_metadata("recap", {"schema": SCHEMA})
-        schemas = {name: writer.register_schema(name, "jsonschema", json.dumps(schema).encode())
-                   for name, schema in _SCHEMAS.items()}  # fmt: skip
-        channels = {topic: writer.register_channel(topic, "json", schemas[f"recap.{topic[1:]}"])
-                    for topic in ("/episode", "/step", "/outcome")}  # fmt: skip
-        for camera in info.spec.camera_names:
-            topic = f"/camera/{camera}"
-            channels[topic] = writer.register_channel(topic, "json", schemas["foxglove.CompressedImage"])
-        self._channels = channels
-        self._add("/episode", time.monotonic(), {
+    def _begin(self, info: EpisodeInfo) -> None:
+        self._file.add("/episode", time.monotonic(), {
             "spec": info.spec.to_json(), "robot": info.spec.robot, "task": info.task, "task_name": info.task_name,
             "seed": info.seed, "episode": info.episode, "policy": dict(info.policy) if info.policy else None,
             "demonstration": info.demonstration, "style": info.style, "control_hz": info.spec.control_hz,
             "clock_offset_s": info.clock_offset_s,
         })  # fmt: skip
-        writer.flush()
-        return channels
-
-    def _add(self, topic: str, t: float, message: dict[str, Any], sequence: int = 0) -> None:
-        stamp = int((t + self._wall_offset) * 1e9)
-        data = json.dumps(message, allow_nan=False).encode()
-        self._writer.add_message(self._channels[topic], stamp, data, stamp, sequence)
+        self._file.flush()
 
     def _write_all(self) -> None:
         flushed = time.monotonic()
@@ -192,7 +157,7 @@ class Recorder:
                     if isinstance(item, StepRecord):
                         self._write_step(item)
                     if time.monotonic() - flushed >= self._flush_s:
-                        self._writer.flush()
+                        self._file.flush()
                         flushed = time.monotonic()
                 except Exception as error:  # also a frame that cannot be encoded: the robot must not stop for its log
                     self._fail(error)
@@ -203,33 +168,26 @@ class Recorder:
     def _write_step(self, record: StepRecord) -> None:
         t = record.t
         encode = encode_png if self._format == "png" else encode_jpeg
-        stamp = divmod(int((t + self._wall_offset) * 1e9), 10**9)
         for camera, frame in record.images.items():
-            self._add(f"/camera/{camera}", t, {
-                "timestamp": {"sec": stamp[0], "nsec": stamp[1]}, "frame_id": camera, "format": self._format,
-                "data": base64.b64encode(encode(frame)).decode(),
-            }, record.step)  # fmt: skip
+            self._file.add_image(camera, t, encode(frame), self._format, record.step)
         # after its images: a step that can be read has all of them
-        self._add("/step", t, {
-            "step": record.step, "t": t, "state": _numbers(record.state), "action": _numbers(record.action),
-            "proposed": None if record.proposed is None else _numbers(record.proposed), "chunk": record.chunk,
+        self._file.add("/step", t, {
+            "step": record.step, "t": t, "state": numbers(record.state), "action": numbers(record.action),
+            "proposed": None if record.proposed is None else numbers(record.proposed), "chunk": record.chunk,
             "intervention": bool(record.intervention),
             "value": None if record.value is None or not math.isfinite(record.value) else float(record.value),
         }, record.step)  # fmt: skip
 
     def _finish(self, outcome: Outcome) -> None:
         try:
-            if self._state.error is None:
-                self._add("/outcome", time.monotonic(), {
-                    "success": outcome.success, "steps": outcome.steps, "reason": outcome.reason,
-                    "missed_deadlines": outcome.missed_deadlines, "dropped": self._state.dropped,
-                })  # fmt: skip
-                self._writer.finish()
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-            self._stream.close()
-            if self._state.error is None:
-                os.replace(self.part, self.path)
+            if self._state.error is not None:
+                self._file.abandon()
+                return
+            self._file.add("/outcome", time.monotonic(), {
+                "success": outcome.success, "steps": outcome.steps, "reason": outcome.reason,
+                "missed_deadlines": outcome.missed_deadlines, "dropped": self._state.dropped,
+            })  # fmt: skip
+            self._file.finish()
         except OSError as error:
             if self._state.error is None:
                 self._fail(error)
@@ -240,35 +198,3 @@ class Recorder:
             "what was written before stays readable: free the disk or choose another folder"
         )
         _log.error("%s", self._state.error)
-
-
-def _set_aside(part: Path) -> None:
-    """What an interrupted run left under this name is kept, as `.part.N`."""
-    if part.exists():
-        number = 1
-        while (kept := part.with_name(f"{part.name}.{number}")).exists():
-            number += 1
-        part.replace(kept)
-
-
-def _numbers(array: NDArray[np.float32]) -> list[float | None]:
-    """Valid JSON has no NaN: it is written as null."""
-    return [float(x) if math.isfinite(x) else None for x in np.asarray(array, np.float32)]
-
-
-_VECTOR = {"type": "array", "items": {"type": ["number", "null"]}}
-_SCHEMAS: dict[str, dict[str, Any]] = {
-    "recap.episode": {"type": "object", "properties": {"task": {"type": "string"}, "spec": {"type": "object"}}},
-    "recap.step": {"type": "object", "properties": {
-        "step": {"type": "integer"}, "t": {"type": "number"}, "state": _VECTOR, "action": _VECTOR,
-        "proposed": _VECTOR, "chunk": {"type": "integer"}, "intervention": {"type": "boolean"},
-        "value": {"type": ["number", "null"]}}},
-    "recap.outcome": {"type": "object", "properties": {
-        "success": {"type": ["boolean", "null"]}, "steps": {"type": "integer"}, "reason": {"type": "string"},
-        "missed_deadlines": {"type": "integer"}, "dropped": {"type": "integer"}}},
-    "foxglove.CompressedImage": {"title": "foxglove.CompressedImage", "type": "object", "properties": {
-        "timestamp": {"type": "object", "title": "time",
-                      "properties": {"sec": {"type": "integer"}, "nsec": {"type": "integer"}}},
-        "frame_id": {"type": "string"}, "data": {"type": "string", "contentEncoding": "base64"},
-        "format": {"type": "string"}}},
-}  # fmt: skip

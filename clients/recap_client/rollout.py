@@ -13,7 +13,7 @@ from mcap.stream_reader import StreamReader
 from numpy.typing import NDArray
 
 from recap_client.images import ImageError, decode_jpeg, decode_png
-from recap_client.spec import RobotSpec, SpecError
+from recap_client.spec import RobotSpec
 
 _RECORD_LIMIT = 512 * 2**20
 
@@ -30,6 +30,8 @@ class Rollout:
     float32 [T, A], NaN where the policy was not asked; chunk int64 [T]; intervention bool [T]; value float64 [T], NaN
     where unknown; images: camera -> uint8 [T, H, W, 3] (empty when read with images=False).
     complete: the file was closed properly; else success is None and the last steps may be missing.
+    source: "robot", or "service" for a log of the policy service, whose steps are the robot's requests: `action` is NaN
+    (what the robot executed is not known there) and `proposed` the first action of the chunk it was sent.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Rollout:
     missed_deadlines: int
     dropped: int
     complete: bool
+    source: str = "robot"
 
     @property
     def steps(self) -> int:
@@ -68,7 +71,7 @@ def read_rollout(path: Path, *, images: bool = True) -> Rollout:
     topics: dict[str, dict[int, dict[str, Any]]] = {}
     complete, problem = False, "the file ends early"
     try:
-        for topic, sequence, message in _messages(path, images):
+        for topic, sequence, message in messages(path, images=images):
             topics.setdefault(topic, {})[sequence] = message
         complete = "/outcome" in topics
     except OSError as error:
@@ -79,13 +82,14 @@ def read_rollout(path: Path, *, images: bool = True) -> Rollout:
         raise RolloutError(f"{path}: expected a rollout log (MCAP with an /episode message), got none: {problem}")
     try:
         return _assemble(path, topics, images, complete)
-    except (KeyError, TypeError, ValueError, SpecError, ImageError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RolloutError(f"{path}: expected the rollout log of schema 1, got a message that does not fit it: "
                            f"{type(error).__name__}: {error}") from error  # fmt: skip
 
 
-def _messages(path: Path, images: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(topic, sequence, message) in file order; raises whatever the parser raises where the file is damaged."""
+def messages(path: Path, *, images: bool = True) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(topic, sequence, message) as they were written, in file order; raises whatever the parser raises where the file
+    is damaged."""
     channels: dict[int, str] = {}
     footer = False
     with path.open("rb") as stream:
@@ -111,6 +115,7 @@ def _assemble(path: Path, topics: dict[str, dict[int, dict[str, Any]]], images: 
     steps = [step for number, step in sorted(topics.get("/step", {}).items())
              if all(number in frames for frames in recorded.values())]  # fmt: skip
     numbers = [step["step"] for step in steps]
+    late = topics.get("/value", {})
     outcome = topics.get("/outcome", {}).get(0, {}) if complete else {}
     width = len(spec.action)
     return Rollout(
@@ -123,11 +128,11 @@ def _assemble(path: Path, topics: dict[str, dict[int, dict[str, Any]]], images: 
         proposed=_matrix([step["proposed"] or [None] * width for step in steps], width),
         chunk=np.array([step["chunk"] for step in steps], np.int64),
         intervention=np.array([step["intervention"] for step in steps], np.bool_),
-        value=np.array([step["value"] for step in steps], np.float64),
+        value=np.array([late.get(step["step"], {}).get("value", step["value"]) for step in steps], np.float64),
         images={name: _frames(frames, numbers, spec, name) for name, frames in recorded.items()} if images else {},
         success=outcome.get("success"), reason=outcome.get("reason", "interrupted"),
         missed_deadlines=int(outcome.get("missed_deadlines", 0)), dropped=int(outcome.get("dropped", 0)),
-        complete=complete,
+        complete=complete, source=str(head.get("source", "robot")),
     )  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from recap_client.chunks import ChunkQueue
+from recap_client import emergency
+from recap_client.asking import ChunkSource
 from recap_client.episode import Critic, EpisodeResult, LoopSettings, Policy
 from recap_client.intervention import TakeoverRule, Watcher
 from recap_client.pace import Caller, Pace
-from recap_client.policy import Chunk
 from recap_client.record import EpisodeInfo, Outcome, Recorder, StepRecord
 from recap_client.robots.base import Observation, Robot, StepResult, Teleoperator
 from recap_client.safety import SafetyLimits, UnsafeAction
@@ -38,7 +38,8 @@ def run_episode(robot: Robot, task: str, seed: int, *, policy: Policy | None = N
     Without a policy, the teleoperator demonstrates. With `intervention`, it takes over by that rule, which needs the
     critic. recording: path of the `.mcap` to write. A reset that a service refuses raises ServiceError; later failures
     of services are survived. Ctrl-C ends the episode with reason "operator" and everything recorded; an exception of
-    the robot ends it with reason "error", everything recorded, and is raised again.
+    the robot ends it with reason "error", everything recorded, and is raised again. The armed emergency stop ends it
+    with reason "stopped"; pressed before the start it raises EmergencyStopped and nothing moves.
     """
     if policy is None and teleoperator is None:
         raise ValueError("run_episode: expected a policy, a teleoperator, or both; got neither")
@@ -72,18 +73,17 @@ class _Loop:
         self.make_human = teleoperator
         self.human: Teleoperator | None = None
         self.watcher: Watcher | None = rule.watcher(seed) if rule else None
-        self.queue = ChunkQueue(settings.execute)
         self.safety = SafetyLimits(robot.spec, settings.max_change)
-        self.asking: Caller[Chunk] = Caller("act")
+        self.source: ChunkSource | None = None
         self.judging: Caller[Value] = Caller("value")
         self.recorder: Recorder | None = None
         self.tally = _Tally()
         self.judged = -settings.execute
         self.proposed: NDArray[np.float32] | None = None
-        self.asked_lost = self.chunk_lost = 0.0
         self.deadline_s = settings.deadline_s or (0.4 if settings.realtime else None)
 
     def run(self, recording: Path | None) -> EpisodeResult:
+        emergency.check()
         self.robot.reset(self.task, self.seed)
         if self.settings.realtime:
             self.robot.observe()  # the first frame opens cameras; that is not part of the episode
@@ -97,10 +97,17 @@ class _Loop:
             self.recorder = Recorder(recording, self._info(), image_format=self.settings.image_format,
                                      wait=not self.settings.realtime)  # fmt: skip
         self.pace = Pace(1.0 / self.robot.spec.control_hz, self.settings.realtime)
+        if self.policy is not None:
+            self.source = ChunkSource(self.policy, self.robot.spec, self.settings, self.pace, prompt=self.prompt,
+                                      deadline_s=self.deadline_s, seed=self.seed)  # fmt: skip
         success, reason = None, "error"
         try:
             result = self._steps()
             success, reason = result.success, "success" if result.success else "timeout"
+        except emergency.EmergencyStopped as pressed:
+            reason = "stopped"
+            emergency.halt(self.robot)
+            _log.error("%s: step %d: %s", self.episode, self.tally.steps, pressed)
         except KeyboardInterrupt:
             reason = "operator"
             self._stop()
@@ -108,7 +115,8 @@ class _Loop:
             self._stop()
             raise
         finally:
-            self.asking.close()
+            if self.source is not None:
+                self.source.close()
             self.judging.close()
             error = self._end(success, reason)
         return self._result(success, reason, recording, error)
@@ -124,16 +132,18 @@ class _Loop:
         while True:
             step = self.tally.steps
             self.pace.wait(step)
+            emergency.check()
             observation = self.robot.observe() if self._must_look(step) else None
             value = self._judge(step, observation)
             command, chunk = self._choose(step, observation)
+            emergency.check()  # again: waiting for the services took time
             result = self._apply(command)
             self.safety.applied(result.action)
             if self.critic is not None and not self._waits_for_value():
                 value = self._value(step)  # in real time never before the action
             self.tally.steps += 1
             self._note(step, observation, command, chunk, value, result)
-            if command is None:
+            if command is None and not (self.source is not None and self.source.simulated):
                 self.pace.idle()
             self.pace.end(step)
             if result.done:
@@ -142,7 +152,7 @@ class _Loop:
     def _must_look(self, step: int) -> bool:
         if self.settings.realtime or (self.recorder is not None and self.settings.record_images):
             return True
-        asks = self.policy is not None and self.human is None and self.queue.wants_chunk(step)
+        asks = self.source is not None and self.human is None and self.source.wants(step)
         return asks or self._must_judge(step) or self.recorder is not None
 
     def _must_judge(self, step: int) -> bool:
@@ -185,53 +195,44 @@ class _Loop:
     def _take_over(self, step: int) -> None:
         assert self.make_human is not None
         self.human = self.make_human()
-        self.queue.clear()
+        self._forget()
         _log.info("%s: the operator takes over at step %d", self.episode, step)
 
     def _ask(self, step: int, observation: Observation | None) -> None:
-        policy = self.policy
-        if policy is None or self.human is not None or self.asking.busy or observation is None:
-            return
-        if self.queue.wants_chunk(step):
-            self.asked_lost = self.pace.lost_s
-            self.asking.start(step, lambda: policy.infer(observation, self.prompt, deadline_s=self.deadline_s))
+        if self.source is not None and self.human is None and self.source.wants(step):
+            self.source.ask(step, self.robot.observe() if observation is None else observation)
+
+    def _forget(self) -> None:
+        if self.source is not None:
+            self.source.clear()
 
     def _choose(self, step: int, observation: Observation | None) -> tuple[NDArray[np.float32] | None, int]:
         """The command of this step (None = hold) and the chunk it comes from."""
         self.proposed = None
         if self.human is not None:
             return self._safe(self.human.action()), -1
-        if self._stale(self.chunk_lost):
-            self.queue.clear()
         self._ask(step, observation)
         try:
-            done = self.asking.result(self.pace.patience(step))
-            if done is not None:
-                at, chunk = done
-                if not self._stale(self.asked_lost):
-                    self.queue.put(chunk.actions, at, chunk.seq)
-                    self.chunk_lost = self.asked_lost
+            chunk = self.source.take(step) if self.source is not None else None
+            if chunk is not None:
                 self.tally.latency.append(chunk.latency_s)
                 self.tally.failing = False
+                self._ask(step, observation)  # after a late reply the next request may be due at once
         except ServiceError as error:
             self._service_failed("policy", error)
-        due = self.queue.at(step)
+        due = self.source.at(step) if self.source is not None else None
         if due is None:
             self.tally.starved += 1
             return None, -1
         self.proposed = due.action
         return self._safe(due.action), due.chunk
 
-    def _stale(self, lost_then: float) -> bool:
-        """Has the clock been moved on, since that observation, by more than a reply may be late?"""
-        return self.deadline_s is not None and self.pace.lost_s - lost_then > self.deadline_s
-
     def _safe(self, action: NDArray[np.float32]) -> NDArray[np.float32] | None:
         try:
             return self.safety(action)
         except UnsafeAction as error:
             _log.error("%s: step %d: %s; holding position", self.episode, self.tally.steps, error)
-            self.queue.clear()
+            self._forget()
             self.tally.starved += 1
             return None
 
@@ -284,10 +285,12 @@ class _Loop:
             return None  # the log does without; the episode will tell whether the service is there
 
     def _result(self, success: bool | None, reason: str, recording: Path | None, error: str | None) -> EpisodeResult:
-        tally = self.tally
+        tally, switches = self.tally, self.source.switches if self.source is not None else []
         return EpisodeResult(
             self.prompt, self.task, self.seed, self.episode, success, reason, tally.steps,
             self.pace.missed + tally.starved, tally.starved, self.safety.clipped, tally.intervened,
             tuple(tally.latency), tuple(tally.values), self.human.style if self.human else None,
             str(recording) if recording else None, error, tally.alarms,
+            tuple(switch.delay for switch in switches),
+            tuple(switch.seam for switch in switches if switch.seam is not None),
         )  # fmt: skip

@@ -1,9 +1,14 @@
 """The last check before the robot moves: finite, inside the limits of the spec, not faster than allowed."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from recap_client.spec import RobotSpec
+from recap_client.spec import RobotSpec, SpecError
+
+MaxChange = NDArray[np.float32] | Mapping[str, float] | float
+"""See `SafetyLimits`."""
 
 
 class UnsafeAction(ValueError):
@@ -11,13 +16,18 @@ class UnsafeAction(ValueError):
 
 
 class SafetyLimits:
-    """Clips to the limits of the spec. max_change: largest change per control step and dimension, [A] or one number."""
+    """Clips to the limits of the spec.
 
-    def __init__(self, spec: RobotSpec, max_change: NDArray[np.float32] | float | None = None) -> None:
+    max_change: largest change per control step, in the units of the spec: one number for all dimensions, an array [A],
+    or a map by name, where a dimension that is not named may change freely. A name that the spec does not have, or a
+    change that is not positive, raises SpecError.
+    """
+
+    def __init__(self, spec: RobotSpec, max_change: MaxChange | None = None) -> None:
         self._low = np.array([dim.low for dim in spec.action], np.float32)
         self._high = np.array([dim.high for dim in spec.action], np.float32)
         self._names = [dim.name for dim in spec.action]
-        self._max_change = None if max_change is None else np.asarray(max_change, np.float32)
+        self._max_change = _per_dimension(self._names, max_change)
         self._last: NDArray[np.float32] | None = None
         self.clipped = 0
 
@@ -44,3 +54,17 @@ class SafetyLimits:
         self.clipped += int(not np.array_equal(safe, array))
         self._last = safe
         return safe
+
+
+def _per_dimension(names: list[str], change: MaxChange | None) -> NDArray[np.float32] | None:
+    if change is None:
+        return None
+    if isinstance(change, Mapping):
+        unknown = sorted(set(change) - set(names))
+        if unknown:
+            raise SpecError(f"max_change: expected names of {names}, got {unknown}")
+        change = np.array([change.get(name, np.inf) for name in names], np.float32)
+    change = np.asarray(change, np.float32)
+    if change.shape not in ((), (len(names),)) or not (change > 0).all():
+        raise SpecError(f"max_change: expected one or {len(names)} positive numbers, got {change.tolist()}")
+    return np.broadcast_to(change, (len(names),))

@@ -85,8 +85,11 @@ class RobotSpec:
                 control_hz=float(data["control_hz"]),
                 tasks=tuple(data.get("tasks", ())),
             )
-        except (KeyError, TypeError) as error:
-            raise SpecError(f"robot spec: expected the fields of RobotSpec, got {sorted(data)} ({error})") from error
+        except SpecError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            got = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+            raise SpecError(f"robot spec: expected the fields of RobotSpec, got {got} ({error})") from error
 
 
 def require_equal(expected: RobotSpec, got: RobotSpec, *, what: str, tasks: bool = False) -> None:

@@ -18,6 +18,9 @@ MAX_BYTES = 64 * 2**20
 """Default bound on one message: 16 cameras of 1024 x 1024 x 3 and room to spare."""
 
 _MAX_DIMS = 8
+_MAX_LENGTH = 1 << 12  # of one list or map; msgpack makes room for it before the first item is read
+_MAX_VALUES = 20_000  # beside the contents of arrays; a byte of an empty map is 64 in memory
+_MAX_LEVELS = 64
 _KINDS = "biufUS"
 
 
@@ -52,11 +55,28 @@ def unpack(buffer: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
         raise WireError("", "a binary frame", "a text frame")
     if len(buffer) > max_bytes:
         raise WireError("", f"at most {max_bytes} bytes", f"{len(buffer)} bytes")
+    budget = _Budget()
     try:
-        raw = msgpack.unpackb(buffer, strict_map_key=True)
+        raw = msgpack.unpackb(buffer, strict_map_key=True, max_array_len=_MAX_LENGTH, max_map_len=_MAX_LENGTH,
+                              list_hook=budget.take, object_hook=budget.take)  # fmt: skip
+    except WireError:
+        raise
     except Exception as error:  # msgpack raises ValueError, TypeError, its own kinds and RecursionError by input
         raise WireError("", "one msgpack object", f"{type(error).__name__}: {error}") from error
-    return _decode(raw, "")
+    return _decode(raw, "", 0)
+
+
+class _Budget:
+    """Counts what a message holds while it is parsed, so that a hostile one ends before it has filled the memory."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_VALUES
+
+    def take(self, container: Any) -> Any:
+        self._left -= 1 + len(container)
+        if self._left < 0:
+            raise WireError("", f"at most {_MAX_VALUES} values beside arrays", "more")
+        return container
 
 
 def _encode(obj: Any) -> Any:
@@ -73,10 +93,12 @@ def _encode(obj: Any) -> Any:
     raise TypeError(f"an object of type {type(obj).__module__}.{type(obj).__name__}")
 
 
-def _decode(raw: Any, path: str) -> Any:
+def _decode(raw: Any, path: str, level: int) -> Any:
     # Walks the tree after msgpack (its object_hook cannot tell where it is), so that an error names the field.
+    if level > _MAX_LEVELS:  # msgpack itself allows more than Python's stack
+        raise WireError(path[:80], f"at most {_MAX_LEVELS} levels of maps and lists", "more")
     if isinstance(raw, list):
-        return [_decode(item, f"{path}[{index}]") for index, item in enumerate(raw)]
+        return [_decode(item, f"{path}[{index}]", level + 1) for index, item in enumerate(raw)]
     if not isinstance(raw, dict):
         if isinstance(raw, (msgpack.ExtType, msgpack.Timestamp)):
             raise WireError(path, "plain msgpack types", type(raw).__name__)
@@ -84,7 +106,10 @@ def _decode(raw: Any, path: str) -> Any:
     for marker, build in (("__ndarray__", _array), ("__npgeneric__", _generic), ("__jpeg__", _jpeg)):
         if marker.encode() in raw or marker in raw:
             return build({_text(key): value for key, value in raw.items()}, path)
-    return {key: _decode(value, f"{path}.{_text(key)}" if path else _text(key)) for key, value in raw.items()}
+    return {
+        key: _decode(value, f"{path}.{_text(key)[:80]}" if path else _text(key)[:80], level + 1)
+        for key, value in raw.items()
+    }
 
 
 def _array(raw: dict[str, Any], path: str) -> Any:
@@ -96,9 +121,18 @@ def _array(raw: dict[str, Any], path: str) -> Any:
         raise WireError(f"{path}.data", "bytes", type(data).__name__)
     expected = math.prod(shape) * dtype.itemsize  # Python integers: no overflow, nothing allocated yet
     # an array of no elements may still claim sizes that numpy cannot hold
-    if len(data) != expected or any(n > MAX_BYTES for n in shape):
+    if len(data) != expected or math.prod(n for n in shape if n) * dtype.itemsize > MAX_BYTES:
         raise WireError(path, f"{expected} bytes for {dtype.str} {shape}"[:120], f"{len(data)} bytes")
+    if dtype.kind == "U" and not is_text(data, dtype):
+        raise WireError(path, "text of Unicode characters", f"other numbers in {dtype.str}")
     return np.frombuffer(data, dtype).reshape(shape) if expected else np.zeros(shape, dtype)
+
+
+def is_text(data: bytes, dtype: "np.dtype[Any]") -> bool:
+    """Are the numbers in the bytes of an array of kind U all characters? Reading others breaks the interpreter
+    (SystemError), and halves of surrogate pairs cannot be written again."""
+    codes = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))
+    return not ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any()
 
 
 def _generic(raw: dict[str, Any], path: str) -> Any:

@@ -1,21 +1,27 @@
-"""Many sessions, one engine. A thread owns the engine and takes whatever waits when the engine is free: a lone request
-is never delayed to wait for company, and under load requests of different robots share a run."""
+"""Many sessions, one engine. A thread owns the engine and takes what waits when the engine is free: a lone request is
+never delayed to wait for company, and under load requests of different robots share a run. Who is next, and what
+cannot be in time: `services.common.schedule`."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.engine import Arrays, Engine
-from services.common.errors import ServiceError
+from services.common.engine import Arrays, Engine, TimedEngine
+from services.common.errors import Fault, ServiceError
 from services.common.logs import get_logger
+from services.common.schedule import RunTimes, Turn, expected_end, make_turn, next_run
 
 _TROUBLE_S = 10.0
+
+Refused = Literal["arrival", "queue"]
+"""When it was seen that a deadline cannot be met: as the request came, or as a batch was formed."""
 
 log = get_logger("batcher")
 
@@ -30,42 +36,66 @@ class Answer:
     batch: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Item:
     inputs: Arrays
     future: asyncio.Future[Answer]
     submitted: float
+    turn: Turn
 
 
 class Batcher:
-    """Runs samples through an engine on a thread of its own. Made and used on one event loop."""
+    """Runs samples through an engine on a thread of its own. Made and used on one event loop.
 
-    def __init__(self, engine: Engine, *, on_batch: Callable[[int], None] = lambda _: None) -> None:
+    on_batch: told the samples of every run. on_busy: told the seconds that the engine spent on it. Both from the
+    engine's thread. on_refused: told of every request that is refused because its deadline cannot be met.
+    times: how long runs take.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_batch: Callable[[int], None] = lambda _: None,
+        on_busy: Callable[[float], None] = lambda _: None,
+        on_refused: Callable[[Refused], None] = lambda _: None,
+    ) -> None:
         self._engine = engine
-        self._on_batch = on_batch
-        self._limit = engine.batch_sizes[-1]
+        self._timed = engine if isinstance(engine, TimedEngine) else None  # asked once: it takes microseconds
+        self._on_batch, self._on_busy, self._on_refused = on_batch, on_busy, on_refused
+        self.times = RunTimes(engine.batch_sizes)
+        self._free_at = 0.0  # when the run under way is expected to end
         self._waiting: dict[Hashable, _Item] = {}  # in order of arrival
         self._wake = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name=f"engine-{engine.name}", daemon=True)
-        self._thread.start()
         self.last_error: str | None = None
         self.failed_at = 0.0
+        self._thread = threading.Thread(target=self._work, name=f"engine-{engine.name}", daemon=True)
+        self._thread.start()
 
-    async def run(self, key: Hashable, inputs: Arrays, *, deadline_s: float | None = None) -> Answer:
+    async def run(
+        self, key: Hashable, inputs: Arrays, *, deadline_s: float | None = None, runs_out_s: float | None = None
+    ) -> Answer:
         """The engine's answer for one sample (arrays without batch dimension).
 
         key: whose request this is. A newer request of the same key takes the place of one that still waits, whose
-        caller gets ServiceError `superseded`. deadline_s: seconds from now; when it passes, the caller gets `deadline`
-        at once, whether the sample waits or runs. An exception of the engine becomes `internal`.
+        caller gets ServiceError `superseded`. deadline_s: seconds from now; the caller gets `deadline` as soon as it is
+        clear that it cannot be met (by the run times measured so far), and at the latest when it passes, whether the
+        sample waits or runs. runs_out_s: seconds from now until the robot has nothing left to do (finite; <= 0 = it
+        stands still): who runs out first goes first. An exception of the engine becomes `internal`.
         """
         loop = asyncio.get_running_loop()
-        item = _Item(inputs, loop.create_future(), time.perf_counter())
+        now = time.perf_counter()
         with self._wake:
             if self._closed:
-                raise ServiceError("shutting_down", "the service is shutting down; connect again in a moment")
+                raise _closing()
             older = self._waiting.get(key)
-            self._waiting[key] = item  # a dict keeps the place in the queue, so a fast sender cannot starve itself
+            replaced = None if older is None else older.turn
+            turn = make_turn(now, deadline_s=deadline_s, runs_out_s=runs_out_s, replaced=replaced)
+            if deadline_s is not None:
+                self._admit(turn, older, now, deadline_s)
+            item = _Item(inputs, loop.create_future(), now, turn)
+            self._waiting[key] = item  # a dict keeps the place
             self._wake.notify()
         if older is not None:
             _fail(older, ServiceError("superseded", "a newer observation of this session has taken its place"))
@@ -75,9 +105,8 @@ class Batcher:
         finally:
             if timer is not None:
                 timer.cancel()
-            with self._wake:  # after a deadline or a cancellation it may still wait
-                if self._waiting.get(key) is item:
-                    del self._waiting[key]
+            if self._waiting.get(key) is item:  # after a deadline or a cancellation
+                self._forget(key, item)
 
     @property
     def depth(self) -> int:
@@ -92,7 +121,7 @@ class Batcher:
             self._waiting.clear()
             self._wake.notify()
         for item in left:
-            _fail(item, ServiceError("shutting_down", "the service is shutting down; connect again in a moment"))
+            _fail(item, _closing())
         self._thread.join(timeout=1.0)  # one that hangs in the engine dies with the process
 
     @property
@@ -101,20 +130,68 @@ class Batcher:
         never come back."""
         return self.last_error if time.monotonic() - self.failed_at < _TROUBLE_S else None
 
-    def _take(self) -> list[_Item] | None:
+    def _admit(self, turn: Turn, older: _Item | None, now: float, deadline_s: float) -> None:
+        others = [item.turn for item in self._waiting.values() if item is not older]
+        expected_s = expected_end(turn, others, self.times, now, self._free_at) - now
+        if expected_s > deadline_s:
+            self._on_refused("arrival")
+            raise _hopeless(expected_s, deadline_s)
+
+    def _forget(self, key: Hashable, item: _Item) -> None:
         with self._wake:
-            while not self._waiting and not self._closed:
-                self._wake.wait()
-            if self._closed:
-                return None
-            keys = list(self._waiting)[: self._limit]
-            return [self._waiting.pop(key) for key in keys]
+            if self._waiting.get(key) is item:
+                del self._waiting[key]
+
+    def _take(self) -> list[_Item] | None:
+        """Block until something is to be run; None when closed."""
+        with self._wake:
+            while not self._closed:
+                if self._waiting and (items := self._next()):
+                    return items
+                if not self._waiting and not self._closed:
+                    self._wake.wait()
+            return None
+
+    def _next(self) -> list[_Item]:
+        now = time.perf_counter()
+        waiting = list(self._waiting.items())
+        run = next_run([item.turn for _, item in waiting], self.times, now)
+        taken = [waiting[i][1] for i in run.chosen]
+        refused = [(waiting[i][1], ends) for i, ends in run.refused]
+        for i in (*run.chosen, *(i for i, _ in run.refused)):
+            del self._waiting[waiting[i][0]]
+        if taken:
+            self._free_at = run.ends
+            for item in self._waiting.values():
+                item.turn.passed += 1
+        for item, ends in refused:
+            _post([item], self._refuse, item, ends)
+        return taken
+
+    def _refuse(self, item: _Item, ends: float) -> None:
+        if not item.future.done():
+            self._on_refused("queue")
+            _fail(item, _hopeless(ends - item.submitted, item.turn.deadline - item.submitted))
+
+    def _run(self, items: list[_Item], now: float) -> dict[str, NDArray[Any]]:
+        inputs = _stack([item.inputs for item in items])
+        if self._timed is None:
+            return self._engine.run(inputs)
+        last = max(item.turn.deadline for item in items)
+        return self._timed.run_within(inputs, None if last == math.inf else last - now)
 
     def _work(self) -> None:
         while (items := self._take()) is not None:
             start = time.perf_counter()
             try:
-                outputs = self._engine.run(_stack([item.inputs for item in items]))
+                outputs = self._run(items, start)
+            except ServiceError as error:  # of an engine elsewhere: typed, and told as it is
+                if error.fault.code != "deadline":
+                    if self.last_error is None:  # said once: robots ask many times a second while it is away
+                        log.warning("no answer of the engine", engine=self._engine.name, **error.fault.to_message())
+                    self.last_error, self.failed_at = error.fault.message, time.monotonic()
+                _post(items, _fail_each, items, error.fault)
+                continue
             except Exception as error:  # whatever an engine raises must not end the thread that serves every robot
                 self.last_error = f"{type(error).__name__}: {error}"
                 self.failed_at = time.monotonic()
@@ -122,13 +199,18 @@ class Batcher:
                 _post(items, _fail_all, items, self.last_error)
                 continue
             self.last_error = None
-            spent = time.perf_counter() - start
-            self._on_batch(len(items))
+            end = time.perf_counter()
             answers = [
-                Answer({name: array[i] for name, array in outputs.items()}, start - item.submitted, spent, len(items))
+                Answer(
+                    {name: array[i] for name, array in outputs.items()}, start - item.submitted, end - start, len(items)
+                )
                 for i, item in enumerate(items)
             ]
+            self._on_batch(len(items))
+            self._on_busy(end - start)
             _post(items, _resolve_all, items, answers)
+            with self._wake:  # while the answers are on their way
+                self.times.record(len(items), end - start, end)
 
 
 def _stack(samples: list[Arrays]) -> dict[str, NDArray[Any]]:
@@ -155,9 +237,29 @@ def _fail_all(items: list[_Item], reason: str) -> None:
         _fail(item, ServiceError("internal", f"the engine failed: {reason}"))
 
 
+def _fail_each(items: list[_Item], fault: Fault) -> None:
+    for item in items:
+        _fail(item, ServiceError(**asdict(fault)))
+
+
 def _fail(item: _Item, error: Exception) -> None:
     if not item.future.done():
         item.future.set_exception(error)
+
+
+def _closing() -> ServiceError:
+    return ServiceError("shutting_down", "the service is shutting down; connect again in a moment")
+
+
+def _hopeless(expected_s: float, deadline_s: float) -> ServiceError:
+    expected, deadline = f"{1000 * expected_s:.1f} ms", f"{1000 * deadline_s:.1f} ms"
+    return ServiceError(
+        "deadline",
+        f"not run: the answer would take at least {expected}, the deadline is {deadline}; ask earlier or allow more",
+        field="deadline_ms",
+        expected=f"at least {expected}",
+        got=deadline,
+    )
 
 
 def _expire(item: _Item, deadline_s: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import WebSocket, WebSocketDisconnect
 
 from recap_client import wire
+from services.common.auth import Caller
 from services.common.errors import Fault, ServiceError, bad_field, fault_of
 from services.common.logs import get_logger
 from services.common.observation import with_text_keys
@@ -86,9 +87,15 @@ class Channel:
     other is answered before the next message is read."""
 
     def __init__(
-        self, socket: WebSocket, handlers: Mapping[str, Handler], *, limit: int, concurrent: frozenset[str]
+        self,
+        socket: WebSocket,
+        handlers: Mapping[str, Handler],
+        caller: Caller,
+        *,
+        limit: int,
+        concurrent: frozenset[str],
     ) -> None:
-        self._socket, self._limit, self._concurrent = socket, limit, concurrent
+        self._socket, self._caller, self._limit, self._concurrent = socket, caller, limit, concurrent
         self._handlers: dict[str, Handler] = {"ping": _pong, **handlers}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -109,7 +116,10 @@ class Channel:
         try:
             if data is None:
                 raise bad_field("bad_message", "message", "a binary frame", "a text frame")
-            body = decode(data, self._limit)
+            try:
+                body = decode(data, self._limit)
+            finally:  # after, so that the refusal has the request's number; what does not decode costs as much
+                self._caller.spend(1, len(data))
             kind = body.get("type")
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
@@ -128,7 +138,8 @@ class Channel:
 
     async def _answer(self, handler: Handler, received: Received) -> None:
         try:
-            reply = await handler(received)
+            with self._caller.request():
+                reply = await handler(received)
         except Exception as error:
             fault = fault_of(error)
             if fault.code == "internal":

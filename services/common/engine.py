@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from recap_model.spec import Spec
 from recap_model.tokenizer import TextTokenizer
-from services.common.repository import open_model
+from services.common.repository import ModelFolder, open_model
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -17,6 +17,7 @@ Arrays = Mapping[str, NDArray[Any]]
 KINDS = {
     "onnxruntime": "services.common.onnxruntime_engine:OnnxRuntimeEngine",
     "torch": "services.common.torch_engine:TorchEngine",
+    "triton": "services.common.triton_engine:TritonEngine",
 }
 _EXTRAS = {"torch": "serve,torch"}  # engines that need more than the extra `serve`
 
@@ -67,13 +68,29 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class TimedEngine(Protocol):
+    """An engine that runs elsewhere, and can be told how long its answer is worth anything."""
+
+    def run_within(self, inputs: Arrays, seconds: float | None) -> dict[str, NDArray[Any]]:
+        """`Engine.run`, ended after `seconds` (None = the engine's own limit). Also raises ServiceError: `deadline`
+        when they have passed, `unavailable` when there is nobody to ask."""
+
+
 def load_engine(models: Path, model: str, kind: str = "onnxruntime", threads: int = 1) -> Engine:
     """Open `models`/`model`, verify it, and load it with the engine `kind`, on `threads` CPU threads.
 
     Raises EngineError (unknown kind, missing library, graph that does not load), RepositoryError, ManifestError.
     """
-    if kind not in KINDS:
-        raise EngineError(f"engine: expected one of {sorted(KINDS)}, got {kind!r}")
+    _check_kind(kind)  # first: hashing a large model takes a while
+    return engine_of(open_model(models, model), kind, threads)
+
+
+def engine_of(model: ModelFolder, kind: str = "onnxruntime", threads: int = 1) -> Engine:
+    """Load an opened model, which may take seconds. kind: of `KINDS`; `triton@URL` for a Triton elsewhere than at its
+    usual port of this machine. Raises EngineError."""
+    _check_kind(kind)
+    kind, _, url = kind.partition("@")
     module, _, name = KINDS[kind].partition(":")
     try:
         factory = getattr(import_module(module), name)
@@ -82,5 +99,11 @@ def load_engine(models: Path, model: str, kind: str = "onnxruntime", threads: in
             f"engine {kind!r}: cannot import {error.name}; install it with "
             f"`pip install 'recap-stack[{_EXTRAS.get(kind, 'serve')}]'`"
         ) from error
-    engine: Engine = factory(open_model(models, model), threads=threads)
+    engine: Engine = factory(model, threads=threads, **({"url": url} if url else {}))
     return engine
+
+
+def _check_kind(kind: str) -> None:
+    name, at, _ = kind.partition("@")
+    if name not in KINDS or (at and name != "triton"):
+        raise EngineError(f"engine: expected one of {sorted(KINDS)}, got {kind!r}")

@@ -1,5 +1,6 @@
 """Errors that a caller of a service may see: a code that programs act on, and a message that people act on."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ CODES = (
     "shutting_down",
     "unavailable",
     "unauthorized",
+    "forbidden",
+    "rate_limited",
+    "spec_mismatch",
 )
 
 _HTTP_STATUS = {
@@ -30,18 +34,23 @@ _HTTP_STATUS = {
     "shutting_down": 503,
     "unavailable": 503,
     "unauthorized": 401,
+    "forbidden": 403,
+    "rate_limited": 429,
+    "spec_mismatch": 409,
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is told to the caller. code: one of `CODES`. field, expected and got are set where one part is to blame."""
+    """What is told to the caller. code: one of `CODES`. field, expected and got are set where one part is to blame,
+    retry_after_s where the same request will do after so many seconds."""
 
     code: str
     message: str
     field: str | None = None
     expected: str | None = None
     got: str | None = None
+    retry_after_s: float | None = None
 
     def to_message(self) -> dict[str, Any]:
         """Plain map; absent parts are left out."""
@@ -51,6 +60,7 @@ class Fault:
             "field": self.field,
             "expected": self.expected,
             "got": self.got,
+            "retry_after_s": self.retry_after_s,
         }
         return {key: value for key, value in parts.items() if value is not None}
 
@@ -58,15 +68,27 @@ class Fault:
     def http_status(self) -> int:
         return _HTTP_STATUS[self.code]
 
+    @property
+    def http_headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds where there is a time to wait."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
 
 class ServiceError(Exception):
     """An error with a `Fault` for the caller."""
 
     def __init__(
-        self, code: str, message: str, *, field: str | None = None, expected: str | None = None, got: str | None = None
+        self,
+        code: str,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.fault = Fault(code, message, field, expected, got)
+        self.fault = Fault(code, message, field, expected, got, retry_after_s)
 
 
 def bad_field(code: str, field: str, expected: str, got: str) -> ServiceError:

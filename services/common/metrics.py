@@ -1,5 +1,8 @@
 """Prometheus metrics: the names, labels and buckets that dashboards and alerts are built on. Seconds are the unit."""
 
+from typing import Protocol
+from weakref import WeakSet
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -9,6 +12,17 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 LATENCY_BUCKETS_S = tuple(ms / 1000 for ms in (1, 2, 5, 8, 10, 15, 20, 25, 33, 40, 50, 66, 100, 150, 250, 500, 1000))
 STAGES = ("decode", "queue", "infer", "encode", "total")
 DIALECTS = ("openpi", "roboarena", "recap.v1", "openvla", "lerobot", "groot")
+
+REFUSALS = (
+    "origin", "unauthorized", "revoked", "expired", "forbidden", "full", "rate", "bytes", "in_flight", "sessions",
+)  # fmt: skip
+
+
+class Queue(Protocol):
+    """Where requests wait, such as a `Batcher`."""
+
+    @property
+    def depth(self) -> int: ...
 
 
 class PolicyMetrics:
@@ -36,11 +50,38 @@ class PolicyMetrics:
             buckets=(1, 2, 4, 8),
             registry=self.registry,
         )
+        self.chunk_delay = Histogram(
+            "recap_act_delay_steps",
+            "Control steps from an observation to the first action of its chunk, as measured by robots",
+            buckets=(0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50),
+            registry=self.registry,
+        )
+        self.seam_error = Histogram(
+            "recap_act_seam_error",
+            "Jump of the action where one chunk follows another, relative to its range, as measured by robots",
+            buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0),
+            registry=self.registry,
+        )
         self.superseded = Counter(
             "recap_act_superseded", "Requests replaced by a newer observation of their session", registry=self.registry
         )
         self.deadline_misses = Counter(
-            "recap_act_deadline_misses", "Requests whose deadline passed before the answer", registry=self.registry
+            "recap_act_deadline_misses", "Requests not answered within their deadline", registry=self.registry
+        )
+        self.refused_deadlines = Counter(
+            "recap_act_refused_deadlines",
+            "Of these, refused before the deadline passed, for it could not be met: seen at the request's arrival, or "
+            "in the queue",
+            ["when"],
+            registry=self.registry,
+        )
+        for when in ("arrival", "queue"):
+            self.refused_deadlines.labels(when)
+        queue_depth = Gauge("recap_act_queue_depth", "Requests that wait for an engine", registry=self.registry)
+        self._queues: WeakSet[Queue] = WeakSet()
+        queue_depth.set_function(lambda: sum(queue.depth for queue in list(self._queues)))
+        self.engine_busy = Counter(
+            "recap_engine_busy_seconds", "Time that engines spent on batches, all models", registry=self.registry
         )
         self.sessions = Gauge("recap_sessions", "Connected sessions", registry=self.registry)
         self.tap = Counter(
@@ -50,10 +91,59 @@ class PolicyMetrics:
             ["result"],
             registry=self.registry,
         )
+        self.refused = refusals(self.registry)
+        self.unsafe = Counter(
+            "recap_act_unsafe",
+            "Chunks with actions that are not finite, or beyond the limits of the robot",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in ("nonfinite", "limit"):
+            self.unsafe.labels(kind)
+        self.model_requests = Counter(
+            "recap_model_requests",
+            "Answers by the model that gave them, and what it was then: live, canary, previous",
+            ["version", "hash", "role"],
+            registry=self.registry,
+        )
+        self.model_changes = Counter(
+            "recap_model_changes", "Models loaded, promoted, rolled back", ["action", "result"], registry=self.registry
+        )
+        self.canary_failures = Counter(
+            "recap_canary_failures",
+            "Requests that the live model answered, because the canary failed",
+            registry=self.registry,
+        )
+        self.shadow_requests = Counter(
+            "recap_shadow_requests",
+            "Requests due for the shadow model: compared, failed, or skipped (it was busy)",
+            ["result"],
+            registry=self.registry,
+        )
+        self.shadow_difference = Histogram(
+            "recap_shadow_action_difference",
+            "Largest difference of a shadow chunk from the one sent, as a share of the action's range",
+            buckets=(1e-6, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0),
+            registry=self.registry,
+        )
+        self.record_frames = Counter(
+            "recap_record_frames",
+            "Requests for the recording: written, dropped (queue full), no_space, or failed",
+            ["result"],
+            registry=self.registry,
+        )
         self._info = model_info(self.registry)
 
     def describe(self, name: str, version: str, content_hash: str, engine_spec: Spec) -> None:
         describe_model(self._info, name, version, content_hash, engine_spec)
+
+    def forget(self, name: str, version: str, content_hash: str, engine_spec: Spec) -> None:
+        """A model is not loaded any more."""
+        self._info.remove(name, version, content_hash[:12], engine_spec.family)
+
+    def watch(self, queue: Queue) -> None:
+        """Count `queue` into the depth for as long as it lives; read when the metrics are asked for."""
+        self._queues.add(queue)
 
     def count(self, dialect: str, code: str) -> None:
         """One finished request; code "ok" or an error code."""
@@ -88,6 +178,7 @@ class CriticMetrics:
             registry=self.registry,
         )
         self.sessions = Gauge("recap_sessions", "Connected sessions", registry=self.registry)
+        self.refused = refusals(self.registry)
         self._info = model_info(self.registry)
 
     def describe(self, name: str, version: str, content_hash: str, engine_spec: Spec) -> None:
@@ -98,6 +189,14 @@ def _registry() -> CollectorRegistry:
     # A creation time beside every counter would double the text and help nobody.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     return CollectorRegistry()
+
+
+def refusals(registry: CollectorRegistry) -> Counter:
+    """Callers and requests that were not let in, by one of a fixed set of reasons."""
+    counter = Counter("recap_refused", "Callers and requests that were refused", ["reason"], registry=registry)
+    for reason in REFUSALS:
+        counter.labels(reason)
+    return counter
 
 
 def model_info(registry: CollectorRegistry) -> Gauge:

@@ -1,17 +1,23 @@
 """An observation as it comes in by `recap.v1`: read, checked, its frames decoded. Both services use this."""
 
 import asyncio
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from recap_client.images import JpegImage, decode_jpeg
+from recap_client.images import JpegImage, decode_jpeg, jpeg_size
+from recap_client.spec import Camera
 from recap_model import conditioning
 from recap_model.observation import ObservationError
 from services.common.errors import bad_field
 
 _PROMPT_CHARACTERS = 2000
+_DECODERS = 4
+_JPEG_EXTRA = 1 << 16  # bytes that a JPEG may have above the raw frame: its tables and what cameras write into it
 # "Advantage:" in whatever case and spacing: a caller's text must not bring a clause of its own.
 _CLAUSE = re.compile(re.escape(conditioning.positive_prompt("").split(":")[0].strip()) + r"\s*:", re.IGNORECASE)
 
@@ -43,12 +49,23 @@ def read_observation(body: Mapping[str, Any]) -> Observation:
     )
 
 
-async def decoded(observation: Observation, cameras: tuple[str, ...]) -> Observation:
-    """The same with the JPEG frames of `cameras` decoded, off the event loop; arrays pass as they are."""
-    wanted = {name: observation.images[name] for name in cameras if name in observation.images}
+async def decoded(observation: Observation, cameras: tuple[Camera, ...]) -> Observation:
+    """The same with the JPEG frames of `cameras` decoded, off the event loop; arrays pass as they are.
+
+    A JPEG whose header gives another size than the camera's is refused before its pixels exist (ObservationError).
+    """
+    wanted = {camera: observation.images[camera.name] for camera in cameras if camera.name in observation.images}
     if any(isinstance(frame, JpegImage) for frame in wanted.values()):
-        wanted = await asyncio.to_thread(_decode_all, wanted)
-    return replace(observation, images=wanted)
+        images = await asyncio.get_running_loop().run_in_executor(_decoders(), _decode_all, wanted)
+    else:
+        images = {camera.name: frame for camera, frame in wanted.items()}
+    return replace(observation, images=images)
+
+
+@cache
+def _decoders() -> ThreadPoolExecutor:
+    """A few threads of their own: a burst of JPEG must keep nothing waiting that else runs in threads."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, _DECODERS), thread_name_prefix="jpeg")
 
 
 def task_text(prompt: Any) -> str:
@@ -68,5 +85,18 @@ def with_text_keys(body: Mapping[Any, Any]) -> dict[str, Any]:
     return {key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): body[key] for key in body}
 
 
-def _decode_all(images: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: decode_jpeg(frame.data) if isinstance(frame, JpegImage) else frame for name, frame in images.items()}
+def _decode_all(frames: Mapping[Camera, Any]) -> dict[str, Any]:
+    return {
+        camera.name: _decode(frame.data, camera) if isinstance(frame, JpegImage) else frame
+        for camera, frame in frames.items()
+    }
+
+
+def _decode(data: bytes, camera: Camera) -> Any:
+    field, raw = f"images[{camera.name}]", camera.height * camera.width * 3
+    if len(data) > raw + _JPEG_EXTRA:  # thousands of empty scans, each of which costs a pass over the frame
+        raise ObservationError(field, f"a JPEG of at most {raw + _JPEG_EXTRA} bytes", f"{len(data)} bytes")
+    height, width = jpeg_size(data)
+    if (height, width) != (camera.height, camera.width):
+        raise ObservationError(field, f"uint8 [{camera.height}, {camera.width}, 3]", f"a JPEG of [{height}, {width}]")
+    return decode_jpeg(data)

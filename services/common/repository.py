@@ -29,8 +29,13 @@ class ModelFolder:
         return self.manifest.hash
 
 
-def open_model(models: Path, name: str) -> ModelFolder:
-    """The highest version of `name` below `models`.
+def versions_of(folder: Path) -> list[int]:
+    """The versions in a model's folder, ascending."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+
+
+def open_model(models: Path, name: str, version: int | None = None) -> ModelFolder:
+    """A version of `name` below `models`; None = the highest.
 
     Raises RepositoryError if it is not there, ManifestError if it is unfinished or was changed after the export.
     """
@@ -41,17 +46,19 @@ def open_model(models: Path, name: str) -> ModelFolder:
             f"{models}: expected a model repository with a folder {name!r}, got "
             f"{there or 'no such folder'}; make one with `recap export CHECKPOINT --out {models}`"
         )
-    versions = sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()), reverse=True)
+    versions = versions_of(folder)
     if not versions:
         raise RepositoryError(f"{folder}: expected a version folder such as 1, got none")
-    path = folder / str(versions[0])
+    if version is not None and version not in versions:
+        raise RepositoryError(f"{folder}: expected a version folder {version}, got {versions}")
+    path = folder / str(versions[-1] if version is None else version)
     manifest = verify(path, "model")
     for needed in ("spec.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise RepositoryError(f"{path}: expected a file {needed}, got none; export the model again")
     spec = read_spec(path / "spec.json")
     return ModelFolder(
-        name, str(versions[0]), path, manifest, spec, TextTokenizer.load(path / "tokenizer.json", spec.max_tokens)
+        name, path.name, path, manifest, spec, TextTokenizer.load(path / "tokenizer.json", spec.max_tokens)
     )
 
 

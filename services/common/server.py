@@ -1,6 +1,7 @@
 """An app on a port: uvicorn with the limits that robots need, an ending that drains, and a thread to run it in."""
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -13,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from services.common.drain import Connections
-from services.common.settings import Limits
+from services.common.settings import Limits, Tls
+from services.common.tls import server_context
 
 DRAIN_S = 2.5
 
@@ -70,8 +72,10 @@ class Running:
         self.server.should_exit = True
 
 
-def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
-    """A server for an app of `services.policy.app` or `services.critic.app`."""
+def make_server(app: FastAPI, limits: Limits, tls: Tls | None = None) -> DrainingServer:
+    """A server for an app of `services.policy.app` or `services.critic.app`. Raises TlsError."""
+    context = None if tls is None else server_context(tls)
+    logging.getLogger("uvicorn.error").addFilter(_tells)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -83,15 +87,23 @@ def make_server(app: FastAPI, limits: Limits) -> DrainingServer:
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=1,
+        ssl_context_factory=None if context is None else lambda *_: context,
     )
     return DrainingServer(config, app.state.connections)
 
 
+def _tells(record: logging.LogRecord) -> bool:
+    """uvicorn takes every refused websocket for an error of ours; the gate has logged it, and not once a stranger."""
+    return "without completing handshake" not in str(record.msg)
+
+
 @contextmanager
-def running(app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[Running]:
+def running(
+    app: FastAPI, limits: Limits, *, host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None
+) -> Iterator[Running]:
     """Serve `app` from a thread of this process; drains at the end."""
     sock = bind(host, port)
-    server = make_server(app, limits)
+    server = make_server(app, limits, tls)
     ready = threading.Event()
 
     def work() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,13 +28,23 @@ class CriticTap:
     time, so that a slow critic sees fewer frames and nobody waits. `reset` and `outcome` messages keep their order
     and are kept (up to 256) while the critic is away.
 
-    count: called with "sent", "dropped" or "failed" for every observation.
+    tls: for a `wss://` url; None = the CAs of the system. count: called with "sent", "dropped" or "failed" for every
+    observation. judged: called with every reply that has a value, from the tap's thread.
     """
 
     def __init__(
-        self, url: str, *, hz: float = 20.0, api_key: str | None = None, count: Callable[[str], None] = lambda _: None
+        self,
+        url: str,
+        *,
+        hz: float = 20.0,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        count: Callable[[str], None] = lambda _: None,
+        judged: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
+        self._judged = judged
         self._url, self._period, self._api_key, self._count = url, 1.0 / hz, api_key, count
+        self._tls = (tls or True) if url.startswith("wss:") else None
         self._queue: dict[object, Mapping[str, Any]] = {}  # in order; an observation's key is its robot's name
         self._lock = threading.Lock()
         self._last: dict[str, float] = {}
@@ -100,6 +111,7 @@ class CriticTap:
                     proxy=None,
                     open_timeout=5,
                     additional_headers=headers,
+                    ssl=self._tls,
                 ) as socket:
                     log.info("critic connected", url=self._url)
                     told = False
@@ -153,4 +165,6 @@ class CriticTap:
             if robot is None:
                 continue
             self._under_way.pop(robot, None)
+            if reply.get("type") == "value":
+                self._judged(reply)
             self._wake.set()

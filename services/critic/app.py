@@ -1,22 +1,24 @@
 """The critic service as an ASGI app: values over websocket and POST, an event stream, and the dashboard page."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 
 from fastapi import FastAPI, Request, WebSocket
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from services.common import json_numpy
-from services.common.auth import check_caller
-from services.common.channel import SUBPROTOCOL, Channel, Message, Received
+from services.common.auth import Caller, Refused
+from services.common.channel import Channel, Message, Received
 from services.common.engine import Engine
-from services.common.errors import ServiceError, bad_field, fault_of
+from services.common.entry import enter, peer_of, refusal
+from services.common.errors import Fault, ServiceError, fault_of
 from services.common.health import health_router
 from services.common.http import read_body
+from services.common.json_body import parse_object
 from services.common.logs import ensure_configured
+from services.common.quota import OverQuota
 from services.common.settings import CriticSettings
 from services.critic.service import CriticService
 
@@ -34,9 +36,10 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        ending = asyncio.create_task(_end_streams(service))
+        tasks = [asyncio.create_task(_end_streams(service)), asyncio.create_task(service.gate.watch())]
         yield
-        ending.cancel()
+        for task in tasks:
+            task.cancel()
         service.stop()
 
     app = FastAPI(title="recap critic service", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -50,9 +53,11 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
 
     @app.get("/value/stream")
     async def stream(request: Request) -> StreamingResponse:
-        check_caller(request.headers, request.query_params, settings.api_key)
+        key = request.query_params.get("api_key")
+        caller = service.gate.admit(request.headers, peer_of(request), "value", query_key=key)
+        caller.spend(1, 0)
         return StreamingResponse(
-            service.broadcast.listen(),
+            _listen(service, caller),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -60,33 +65,32 @@ def create_app(engine: Engine, settings: CriticSettings) -> FastAPI:
     @app.post("/value")
     async def post(request: Request) -> JSONResponse:
         try:
-            check_caller(request.headers, request.query_params, settings.api_key)
-            body = await read_body(request, service.limits.message * 4 // 3)
-            message = await asyncio.to_thread(_json, body)
-            return JSONResponse(await service.observe(message, request))
+            caller = service.gate.admit(request.headers, peer_of(request), "value")
+            caller.spend(1, 0)
+            with caller.request():
+                body = await read_body(request, service.limits.message * 4 // 3)
+                caller.spend(0, len(body))
+                message = await asyncio.to_thread(lambda: json_numpy.decode(parse_object(body, service.limits)))
+                return JSONResponse(await service.observe(message, request))
         except Exception as error:
-            fault = fault_of(error)
-            return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)
+            return refusal(fault_of(error))
 
     @app.exception_handler(ServiceError)
     async def refused(_: Request, error: ServiceError) -> JSONResponse:
-        return JSONResponse({"error": error.fault.to_message()}, status_code=error.fault.http_status)
+        return refusal(error.fault)
 
     @app.websocket("/value")
     async def websocket(socket: WebSocket) -> None:
-        try:
-            check_caller(socket.headers, socket.query_params, settings.api_key)
-        except ServiceError as error:
-            await socket.send_denial_response(PlainTextResponse(error.fault.message, error.fault.http_status))
-            return
-        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-        with service.connections.connected(socket), service.metrics.sessions.track_inprogress():
-            await _channel(socket, service).serve(service.welcome())
+        async def serve(caller: Caller) -> None:
+            with service.metrics.sessions.track_inprogress():
+                await _channel(socket, service, caller).serve(service.welcome())
+
+        await enter(socket, service.gate, service.connections, "value", serve)
 
     return app
 
 
-def _channel(socket: WebSocket, service: CriticService) -> Channel:
+def _channel(socket: WebSocket, service: CriticService, caller: Caller) -> Channel:
     async def observe(received: Received) -> Message:
         return await service.observe(received.body, socket)
 
@@ -99,20 +103,23 @@ def _channel(socket: WebSocket, service: CriticService) -> Channel:
     return Channel(
         socket,
         {"observe": observe, "reset": reset, "outcome": outcome},
+        caller,
         limit=service.limits.message,
         concurrent=frozenset({"observe"}),
     )
 
 
-def _json(data: bytes) -> Message:
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise bad_field("bad_message", "body", "a JSON object", str(error)[:120]) from error
-    if not isinstance(body, dict):
-        raise bad_field("bad_message", "body", "a JSON object", type(body).__name__)
-    decoded: Message = json_numpy.decode(body)
-    return decoded
+async def _listen(service: CriticService, caller: Caller) -> AsyncIterator[str]:
+    """The events, until the caller's key is good no more."""
+
+    async def wake(_: Fault) -> None:
+        service.broadcast.wake()
+
+    with suppress(Refused, OverQuota), caller.session(), service.gate.until_revoked(caller, wake):
+        async with aclosing(service.broadcast.listen()) as texts:
+            async for text in texts:
+                caller.check()
+                yield text
 
 
 async def _end_streams(service: CriticService) -> None:

@@ -4,11 +4,13 @@ import time
 from collections.abc import Iterable
 
 from recap_model.spec import spec_to_json
+from services.common.auth import Gate
 from services.common.batcher import Batcher
 from services.common.channel import Message, number, text
 from services.common.drain import Connections
 from services.common.engine import Engine
 from services.common.errors import bad_field, fault_of
+from services.common.handshake import check_spec
 from services.common.logs import get_logger
 from services.common.metrics import CriticMetrics
 from services.common.observation import decoded, read_observation, task_text
@@ -27,6 +29,7 @@ class CriticService:
         self.engine, self.settings = engine, settings
         self.metrics = CriticMetrics()
         self.connections = Connections()
+        self.gate = Gate(settings.access, settings.api_key, lambda reason: self.metrics.refused.labels(reason).inc())
         self.batcher = Batcher(engine)
         self.pipeline = CriticPipeline(engine, self.batcher)
         self.episodes = Episodes(self.pipeline.spec, settings)
@@ -77,7 +80,7 @@ class CriticService:
         track = self.episodes.track(robot, episode)  # now: while the engine runs, the next episode may begin
         if track is None or track.task != task:
             track = self._begin(robot, episode, task)
-        observation = await decoded(observation, self.pipeline.spec.robot.camera_names)
+        observation = await decoded(observation, self.pipeline.spec.robot.cameras)
         value = await self.pipeline.value((id(sender), robot), observation)
         if latency is not None:
             track.latency_ms = latency
@@ -88,6 +91,7 @@ class CriticService:
 
     def reset(self, body: Message) -> Message:
         """Begin an episode."""
+        check_spec(body, self.pipeline.spec.robot)
         self._begin(
             text(body, "robot", "robot", limit=64),
             text(body, "episode", "0", limit=128),

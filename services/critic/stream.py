@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 _BACKLOG = 2000
 _KEEPALIVE_S = 10.0
+_COMMENT = ": still here\n\n"  # a comment: proxies and browsers notice a dead peer
 
 
 class Broadcast:
@@ -29,6 +30,12 @@ class Broadcast:
                     queue.put_nowait(encode(state))
             queue.put_nowait(line)
 
+    def wake(self) -> None:
+        """Let every stream say something now, so that whoever reads it can look up."""
+        for queue in self._listeners:
+            if queue.empty():
+                queue.put_nowait(_COMMENT)
+
     def end(self) -> None:
         """Let every stream end."""
         for queue in self._listeners:
@@ -36,7 +43,7 @@ class Broadcast:
                 queue.get_nowait()
             queue.put_nowait(None)
 
-    async def listen(self) -> AsyncIterator[str]:
+    async def listen(self) -> AsyncGenerator[str]:
         """The text of one listener's stream, until `end`."""
         queue: asyncio.Queue[str | None] = asyncio.Queue(_BACKLOG)
         self._listeners.add(queue)
@@ -46,7 +53,7 @@ class Broadcast:
                 try:
                     line = await asyncio.wait_for(queue.get(), _KEEPALIVE_S)
                 except TimeoutError:
-                    yield ": still here\n\n"  # a comment: proxies and browsers notice a dead peer
+                    yield _COMMENT
                     continue
                 if line is None:
                     return

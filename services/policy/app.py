@@ -1,18 +1,21 @@
 """The policy service as an ASGI app."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from services.common.auth import check_caller
+from services.common.audit_log import AuditLog
+from services.common.auth import Caller
 from services.common.channel import SUBPROTOCOL
 from services.common.engine import Engine
-from services.common.errors import ServiceError
+from services.common.entry import enter
 from services.common.health import health_router
 from services.common.logs import ensure_configured
 from services.common.settings import PolicySettings
+from services.policy.admin import models_router
 from services.policy.fronts.native import serve_native
 from services.policy.fronts.openpi import serve_openpi
 from services.policy.fronts.openvla import openvla_router
@@ -26,48 +29,48 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
     sizes it must allow, `app.state.ports` where the further fronts listen (`lerobot`, `groot`) while it runs.
     """
     ensure_configured()
+    audit = AuditLog(None if settings.source is None else settings.source.audit)
     service = PolicyService(engine, settings)
     fronts, ports = further_fronts(settings), dict[str, int]()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        watching = asyncio.create_task(service.gate.watch())
         try:
             async with AsyncExitStack() as stack:
                 for name, (front, port) in fronts.items():
                     ports[name] = await stack.enter_async_context(front(service, settings.host, port))
                 yield
         finally:
+            watching.cancel()
             service.stop()
+            audit.close()
 
     app = FastAPI(title="recap policy service", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.connections, app.state.limits = service, service.connections, service.limits
     app.state.ports = ports
     app.include_router(health_router(service.metrics.registry, service.not_ready))
     app.include_router(openvla_router(service))
+    app.include_router(models_router(service, audit))
 
     @app.get("/")
     async def about() -> PlainTextResponse:
         return PlainTextResponse(
-            f"recap policy service: {engine.name} version {engine.version}\n"
+            f"recap policy service: {service.engine.name} version {service.engine.version}\n"
             f"websocket: any path (openpi protocol, or subprotocol {SUBPROTOCOL}); POST /act\n"
             f"/livez /readyz /healthz /metrics\n"
         )
 
     @app.websocket("/{path:path}")
     async def websocket(socket: WebSocket, path: str) -> None:  # openpi accepts any path
-        try:
-            check_caller(socket.headers, socket.query_params, settings.api_key)
-        except ServiceError as error:
-            await socket.send_denial_response(PlainTextResponse(error.fault.message, error.fault.http_status))
-            return
-        native = SUBPROTOCOL in socket.scope["subprotocols"]
-        await socket.accept(SUBPROTOCOL if native else None)
-        with service.connections.connected(socket):
-            if native:
-                await serve_native(socket, service)
+        async def serve(caller: Caller) -> None:
+            if SUBPROTOCOL in socket.scope["subprotocols"]:
+                await serve_native(socket, service, caller)
             else:
-                await serve_openpi(socket, service, path)
+                await serve_openpi(socket, service, caller, path)
+
+        await enter(socket, service.gate, service.connections, "act", serve)
 
     return app
 

@@ -17,11 +17,12 @@ from services.common.engine import Engine, EngineError, load_engine
 from services.common.errors import ServiceError
 from services.common.logs import get_logger
 from services.common.observation import Observation, task_text
+from services.common.settings import ActionLimits
+from services.policy import chaining
+from services.policy.safe_actions import SafeActions, Unsafe
 from services.policy.session import Session
 
 log = get_logger("policy")
-
-_CHUNKING = ("previous", "prefix_weights", "guidance_weights")
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
@@ -47,7 +48,14 @@ def load_policy_engine(models: Path, beta: float, kind: str, threads: int = 1) -
 class PolicyPipeline:
     """Prepares observations with the same functions as the training loader, and runs them through the batcher."""
 
-    def __init__(self, engine: Engine, batcher: Batcher, beta: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        batcher: Batcher,
+        beta: float,
+        limits: ActionLimits = "clip",
+        unsafe: Unsafe = lambda _: None,
+    ) -> None:
         if not isinstance(engine.spec, PolicySpec):
             raise EngineError(f"{engine.name}: expected a policy, got a {engine.spec.kind}")
         guided = "beta" in engine.input_names
@@ -57,16 +65,19 @@ class PolicyPipeline:
                 f"got inputs {sorted(engine.input_names)}"
             )
         self.spec: PolicySpec = engine.spec
+        self._safe = SafeActions(engine.spec.robot.action, limits, unsafe)
         self._batcher = batcher
         self._noise_shape = engine.input_shapes["noise"]
         self._tokenizer = engine.tokenizer
         self._guidance = np.float32(beta) if guided else None
-        # a graph with real-time chunking is served without it until clients send their previous chunk: zeros are off
-        self._unchained = {
-            name: np.zeros(engine.input_shapes[name], np.float32) for name in _CHUNKING if name in engine.input_names
-        }
+        self._chaining = {name: engine.input_shapes[name] for name in chaining.INPUTS if name in engine.input_names}
         self._positive = lru_cache(maxsize=1024)(self._encode_positive)
         self._unconditional = lru_cache(maxsize=1024)(self._encode_unconditional)
+
+    @property
+    def rtc(self) -> bool:
+        """Can the model continue a previous chunk?"""
+        return bool(self._chaining)
 
     async def act(
         self,
@@ -77,15 +88,20 @@ class PolicyPipeline:
         seed: int | None = None,
         seq: int = 0,
         deadline_s: float | None = None,
+        runs_out_s: float | None = None,
+        previous: chaining.Previous | None = None,
     ) -> Chunk:
         """The next chunk for a session.
 
-        ticket: from `session.arrive()` when the observation came in; None = now. deadline_s: seconds from now.
-        Raises ObservationError, PromptTooLong, or ServiceError (`superseded`, `deadline`, `internal`, ...).
+        ticket: from `session.arrive()` when the observation came in; None = now. deadline_s: seconds from now;
+        runs_out_s: until the robot has nothing left to do, see `Batcher.run`.
+        previous: the chunk that the robot is executing, which this one continues.
+        Raises ObservationError, PromptTooLong, or ServiceError (`superseded`, `deadline`, `internal`, ...; and
+        `bad_message` for a previous chunk where the model takes none).
         """
-        inputs = self._inputs(session, observation, seed, seq)
+        inputs = self._inputs(session, observation, seed, seq) | self._chained(previous)
         session.submit(session.arrive() if ticket is None else ticket)
-        answer = await self._batcher.run(id(session), inputs, deadline_s=deadline_s)
+        answer = await self._batcher.run(id(session), inputs, deadline_s=deadline_s, runs_out_s=runs_out_s)
         return Chunk(self._checked(answer.outputs["actions"]), answer.queue_s, answer.infer_s, answer.batch)
 
     def _inputs(self, session: Session, observation: Observation, seed: int | None, seq: int) -> dict[str, Any]:
@@ -98,12 +114,18 @@ class PolicyPipeline:
             "tokens": tokens,
             "token_mask": mask,
             "noise": session.noise(self._noise_shape, seed, seq),
-            **self._unchained,
         }
         if self._guidance is not None:
             inputs["unconditional_tokens"], inputs["unconditional_mask"] = self._unconditional(task)
             inputs["beta"] = np.asarray(self._guidance)
         return inputs
+
+    def _chained(self, previous: chaining.Previous | None) -> dict[str, NDArray[np.float32]]:
+        if self._chaining:
+            return chaining.graph_inputs(previous, self._chaining)
+        if previous is not None:
+            raise chaining.refusal()
+        return {}
 
     def _encode_positive(self, task: str) -> Tokens:
         if unknown := self._tokenizer.unknown_words(task):  # cached above: said once a prompt, not once a request
@@ -122,16 +144,7 @@ class PolicyPipeline:
         want = (self.spec.chunk, len(self.spec.robot.action))
         if actions.shape != want:
             raise ServiceError("internal", f"actions: expected {list(want)} from the model, got {list(actions.shape)}")
-        if not np.isfinite(actions).all():
-            names = [dim.name for i, dim in enumerate(self.spec.robot.action) if not np.isfinite(actions[:, i]).all()]
-            raise ServiceError(
-                "internal",
-                f"the model gave NaN or infinite actions for {', '.join(names)}; not sent",
-                field="actions",
-                expected="finite numbers",
-                got="NaN or infinity",
-            )
-        return actions
+        return self._safe(actions)
 
 
 def milliseconds(since: float) -> float:

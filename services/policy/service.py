@@ -3,13 +3,16 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from recap_model.spec import PolicySpec, spec_to_json
+from services.common.auth import Gate
 from services.common.batcher import Batcher
 from services.common.drain import Connections
 from services.common.engine import Engine
@@ -19,31 +22,66 @@ from services.common.metrics import PolicyMetrics
 from services.common.observation import Observation
 from services.common.settings import Limits, PolicySettings, limits_for
 from services.common.tap import CriticTap
-from services.policy.pipeline import Chunk, PolicyPipeline, milliseconds
+from services.policy.chaining import Switched
+from services.policy.models import Models
+from services.policy.pipeline import Chunk, milliseconds
+from services.policy.recorded import Ended, Judged, Served
 from services.policy.session import Session
 
+if TYPE_CHECKING:
+    from services.policy.recording import ServiceRecorder
+
+STATELESS = ("openvla",)
+"""Dialects whose sessions are single requests: their recordings end by silence."""
+
 log = get_logger("policy")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A chunk that is about to be sent, and what it was made by and with."""
+
+    chunk: Chunk
+    model: Mapping[str, str]
+    options: Mapping[str, Any]
 
 
 class PolicyService:
     """One model, many robots. Made before the event loop starts; `start` and `stop` belong to the app's lifespan."""
 
     def __init__(self, engine: Engine, settings: PolicySettings) -> None:
-        self.engine, self.settings = engine, settings
+        self.settings = settings
         self.metrics = PolicyMetrics()
         self.connections = Connections()
-        self.batcher = Batcher(engine, on_batch=self.metrics.batch_size.observe)
-        self.pipeline = PolicyPipeline(engine, self.batcher, settings.beta)
+        self.models = Models(engine, settings, self.metrics)
+        self.gate = Gate(
+            settings.access,
+            settings.api_key,
+            lambda reason: self.metrics.refused.labels(reason).inc(),
+            admin_key=None if settings.source is None else settings.source.admin_key,
+        )
         self.limits: Limits = limits_for(engine.spec.robot)
         self.tap: CriticTap | None = None
         self._names: set[int] = set()
         self._seeds = itertools.count()
-        self.metrics.describe(engine.name, engine.version, engine.hash, engine.spec)
+        self._served = itertools.count()
+        self._answers: WeakKeyDictionary[Session, _Answer] = WeakKeyDictionary()
+        self.recorder = _recorder(settings, self)
 
     @property
     def spec(self) -> PolicySpec:
         """What every model of this service is made for."""
-        return self.pipeline.spec
+        return self.models.live.pipeline.spec
+
+    @property
+    def engine(self) -> Engine:
+        """Of the live model."""
+        return self.models.live.engine
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the live model."""
+        return self.models.live.batcher
 
     def start(self) -> None:
         if self.settings.critic_url is not None:
@@ -51,14 +89,17 @@ class PolicyService:
                 self.settings.critic_url,
                 hz=self.settings.critic_hz,
                 api_key=self.settings.api_key,
+                tls=self.settings.critic_tls,
                 count=lambda result: self.metrics.tap.labels(result).inc(),
+                judged=self._judged,
             )
 
     def stop(self) -> None:
-        self.batcher.close()
+        self.models.stop()
         if self.tap is not None:
             self.tap.close()
-        self.engine.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def not_ready(self) -> str | None:
         if self.connections.draining:
@@ -67,15 +108,15 @@ class PolicyService:
 
     def welcome(self) -> dict[str, Any]:
         """The first message of `recap.v1`, and the metadata frame of the openpi protocol."""
-        model = {"name": self.engine.name, "version": self.engine.version, "hash": self.engine.hash}
         return {
             "type": "welcome",
             "protocol": "recap.v1",
             "kind": "policy",
             "spec": spec_to_json(self.engine.spec),
-            "model": model,
+            "model": self.models.live.identity,
             "beta": self.settings.beta,
             "conditioning": "positive",
+            "rtc": self.models.live.pipeline.rtc,
         }
 
     @contextmanager
@@ -86,9 +127,12 @@ class PolicyService:
         self.metrics.sessions.inc()
         seed = self.settings.seed
         generator = np.random.default_rng(None if seed is None else [seed, next(self._seeds)])
+        session = Session(f"{dialect}-{number}", dialect, generator)
         try:
-            yield Session(f"{dialect}-{number}", dialect, generator)
+            yield session
         finally:
+            if dialect not in STATELESS:
+                self._ended(session, None, "disconnected")
             self._names.discard(number)
             self.metrics.sessions.dec()
 
@@ -110,7 +154,16 @@ class PolicyService:
 
     async def act(self, session: Session, observation: Observation, **options: Any) -> Chunk:
         """The next chunk for a session: the one way to the model for every front. options: see `PolicyPipeline.act`."""
-        return await self.pipeline.act(session, observation, **options)
+        shadow = self.models.shadow_due()
+        if options.get("seed") is None and (shadow or self.recorder is not None):
+            # noise that can be made again: for the shadow, and for a recording that is replayed
+            options["seed"] = int(session.generator.integers(2**31))
+        chunk, slot = await self.models.act(session, observation, options)
+        if shadow:
+            self.models.show_shadow(observation, options, chunk)
+        if self.recorder is not None:
+            self._answers[session] = _Answer(chunk, slot.identity, options)
+        return chunk
 
     def answered(
         self,
@@ -122,10 +175,61 @@ class PolicyService:
         seq: int = 0,
         t_obs: float | None = None,
     ) -> None:
-        """What follows a reply that is on its way: histograms, and the critic's view of what the robot saw (its frames
-        as they came). t_obs: by the robot's clock, None where the protocol has none."""
+        """What follows a reply that is on its way: histograms, the critic's view of what the robot saw (its frames as
+        they came), the recording. t_obs: by the robot's clock, None where the protocol has none. A front calls this in
+        the same step of the event loop in which its `act` came back."""
         self._measure(session, timing, received)
+        if self.recorder is not None:
+            seq = next(self._served)  # the critic's answer carries it back
+            self._record(self.recorder, session, observation, timing, t_obs=t_obs, number=seq)
         self._show_critic(session, observation, seq=seq, t_obs=time.monotonic() if t_obs is None else t_obs)
+
+    def _record(
+        self,
+        recorder: "ServiceRecorder",
+        session: Session,
+        observation: Observation,
+        timing: Mapping[str, float],
+        *,
+        t_obs: float | None,
+        number: int,
+    ) -> None:
+        answer = self._answers.pop(session, None)
+        if answer is None:
+            return
+        options = answer.options
+        recorder.served(
+            Served(
+                key=_recording_key(session),
+                robot=session.robot,
+                episode=session.episode,
+                dialect=session.dialect,
+                t=time.monotonic(),
+                t_obs=t_obs,
+                number=number,
+                seq=options.get("seq", 0),
+                seed=options.get("seed"),
+                images=observation.images,
+                state=observation.state,
+                prompt=observation.prompt,
+                actions=answer.chunk.actions,
+                model=answer.model,
+                timing=timing,
+                previous=options.get("previous"),
+            )
+        )
+
+    def _judged(self, reply: Mapping[str, Any]) -> None:
+        """A value from the critic; called from the tap's thread."""
+        number, value = reply.get("seq"), reply.get("value")
+        if self.recorder is not None and isinstance(number, int) and isinstance(value, float):
+            self.recorder.judged(Judged(number, value))
+
+    def _ended(self, session: Session, success: bool | None, reason: str) -> None:
+        """An episode of a session is over."""
+        self.models.boundary(session)
+        if self.recorder is not None:
+            self.recorder.ended(Ended(_recording_key(session), success, reason))
 
     def timing(self, chunk: Chunk, received: float, decode_ms: float) -> dict[str, float]:
         """`server_timing` of a reply about to be encoded. received: `time.perf_counter` of the request's last byte.
@@ -169,10 +273,36 @@ class PolicyService:
         }
         asyncio.get_running_loop().call_soon(self.tap.observe, message)  # after the reply is on its way
 
+    def switched(self, switch: Switched | None) -> None:
+        """Count what a robot measured when it went from one chunk to the next."""
+        if switch is not None:
+            self.metrics.chunk_delay.observe(switch.delay)
+            if switch.seam is not None:
+                self.metrics.seam_error.observe(switch.seam)
+
     def tell_critic(self, session: Session, message: Mapping[str, Any]) -> None:
+        """What a robot says of its episode: a `reset` or an `outcome`. It ends the episode for models and recording."""
+        if message["type"] == "outcome":
+            success = message["success"]
+            self._ended(session, success, {True: "success", False: "failure", None: "unknown"}[success])
+        else:
+            self._ended(session, None, "next_episode")
         if self.tap is not None and session.forward:
             self.tap.event(message)
 
     def report(self, fault: Fault, dialect: str) -> None:
         """Log a caller's mistake, so that the operator sees it too."""
         log.warning("request refused", dialect=dialect, **fault.to_message())
+
+
+def _recording_key(session: Session) -> Hashable:
+    return session.dialect if session.dialect in STATELESS else id(session)
+
+
+def _recorder(settings: PolicySettings, service: PolicyService) -> "ServiceRecorder | None":
+    if settings.record is None:
+        return None
+    from services.policy.recording import ServiceRecorder  # mcap: only where something is recorded
+
+    frames = service.metrics.record_frames
+    return ServiceRecorder(settings.record, service.spec.robot, lambda result: frames.labels(result).inc())

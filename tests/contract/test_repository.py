@@ -100,7 +100,7 @@ def test_documents_name_only_commands_that_exist() -> None:
     from recap_model.cli import COMMANDS
 
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    robot_side = {"run", "replay", "bench", "info"}
+    robot_side = {"run", "replay", "bench", "info", "spec"}
     wrong = set()
     for document in documents():
         for command in commands_in(document.read_text()):

@@ -1,10 +1,12 @@
 """The robot side when the service is late, gone, wrong or lying: typed errors, held position, never a stale chunk."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,6 +46,57 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Relay:
+    """Passes bytes on to a port here. greet: as an HTTP proxy, whose requests are in `asked`. While `silent`,
+    everything is swallowed, in both directions and without closing anything."""
+
+    def __init__(self, target: int, greet: bool = True) -> None:
+        self.target, self.greet = target, greet
+        self.asked: list[str] = []
+        self.silent = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/act"
+
+    def __enter__(self) -> "Relay":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for link in self._sockets:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self._sockets += [near, far]
+                if self.greet:
+                    request = b""
+                    while not request.endswith(b"\r\n\r\n"):
+                        request += near.recv(4096)
+                    self.asked.append(request.split(b"\r\n")[0].decode())
+                    near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.silent.is_set():
+                    sink.sendall(data)
+
+
 def test_a_late_reply_is_never_paired_with_a_newer_observation() -> None:
     # each reply carries the state it answers, so a stale one would show
     echo = lambda m: np.full((8, 1), m["observation"]["state"][0], np.float32)  # noqa: E731
@@ -59,6 +112,7 @@ def test_a_late_reply_is_never_paired_with_a_newer_observation() -> None:
         for x in (0.03, 0.04):
             np.testing.assert_allclose(policy.infer(observation(x), "go right").actions, x)
         assert policy.session.reconnects == 1
+        assert [m["seq"] for m in service.of_type("act")] == [0, 2, 3], "seq 1 was refused before it was sent"
         policy.close()
 
 
@@ -101,17 +155,76 @@ def test_wrong_services_are_refused_at_the_door() -> None:
         RemotePolicy(f"ws://127.0.0.1:{free_port()}/act", TOY_SPEC)
 
 
-def test_a_proxy_in_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+@pytest.mark.parametrize("wanted", ["none", "argument", "RECAP_PROXY"])
+def test_only_a_proxy_that_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    with ScriptedService(TOY_SPEC) as service, Relay(service.port) as ambient, Relay(service.port) as ours:
+        for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{ambient.port}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        address = f"http://127.0.0.1:{ours.port}"
+        if wanted == "RECAP_PROXY":
+            monkeypatch.setenv("RECAP_PROXY", address)
+        session = Session(service.url, "policy", TOY_SPEC, proxy=address if wanted == "argument" else None)
+        assert session.call({"type": "ping", "t": 1.0})["t"] == 1.0
+        session.close()
+    assert ambient.asked == []
+    assert ours.asked == ([] if wanted == "none" else [f"CONNECT 127.0.0.1:{service.port} HTTP/1.1"])
+
+
+def test_a_proxy_that_is_not_there_is_named() -> None:
+    with (
+        ScriptedService(TOY_SPEC) as service,
+        pytest.raises(ServiceUnavailable, match="cannot connect"),
+    ):
+        Session(service.url, "policy", TOY_SPEC, proxy=f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_half_open_connection_is_noticed_between_calls_and_replaced() -> None:
+    """The way is cut without a word: no FIN, no RST, and the robot sends nothing that could fail."""
+    with ScriptedService(TOY_SPEC) as service, Relay(service.port, greet=False) as way:
+        session = Session(way.url, "policy", TOY_SPEC, heartbeat_s=0.3, timeout_s=2.0)
+        assert session.call({"type": "ping", "t": 1.0})["type"] == "pong"
+        way.silent.set()
+        assert until(lambda: not session.connected), "no call was made meanwhile"
+        with pytest.raises(ServiceUnavailable, match="reconnecting"):
+            session.call({"type": "ping", "t": 2.0})
+        way.silent.clear()
+        assert until(lambda: session.connected, 20)
+        assert session.reconnects == 1 and session.call({"type": "ping", "t": 3.0})["t"] == 3.0
+        session.close()
+
+
+def test_an_idle_connection_that_breaks_is_replaced_before_the_next_call() -> None:
     with ScriptedService(TOY_SPEC) as service:
-        Session(service.url, "policy", TOY_SPEC).close()
+        session = Session(service.url, "policy", TOY_SPEC, heartbeat_s=0.1)
+        service.connections[0].close_socket()
+        assert until(lambda: session.reconnects == 1 and session.connected)
+        assert session.call({"type": "ping", "t": 1.0})["t"] == 1.0
+        session.close()
 
 
-def test_clock_offset_is_measured() -> None:
+def test_the_heartbeat_leaves_a_slow_answer_alone_and_ends_with_the_session() -> None:
+    def beating() -> int:
+        return sum(thread.name == "heartbeat" for thread in threading.enumerate())
+
+    before = beating()
+    with ScriptedService(TOY_SPEC, script=lambda _: "late:1.0") as service:
+        policy = RemotePolicy(service.url, TOY_SPEC)
+        policy.session._heartbeat_s = 0.05
+        assert policy.infer(observation(), "go right").actions.shape == (8, 1) and policy.session.reconnects == 0
+        policy.session._heartbeat_s = 5.0
+        policy.close()
+    assert until(lambda: beating() <= before)
+
+
+def test_clock_offset_is_measured_and_follows_the_replies() -> None:
     with ScriptedService(TOY_SPEC) as service:
         policy = RemotePolicy(service.url, TOY_SPEC)
+        assert policy.session.clock.best is None
         assert policy.clock_offset() == pytest.approx(100.0, abs=0.5)
+        best = policy.session.clock.best
+        assert best is not None and best.offset_s == pytest.approx(100.0, abs=best.error_s + 1e-3)
         policy.close()
 
 

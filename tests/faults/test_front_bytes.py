@@ -267,19 +267,20 @@ def test_robots_that_come_and_go_leave_no_session_behind(models: Path) -> None:
     sessions = service.metrics.sessions
     try:
         callers = Callers(service, "x", lambda session: [session], busy=lambda state: len(state) > 1, idle_s=0.0)
-        first = callers.of("a")
+        caller = service.gate.admit({}, "peer", "act")
+        first = callers.of("a", caller)
         first.append(first[0])  # busy
         for number in range(MOST + 5):
-            callers.of(number)
-        assert callers.of("a") is first and len(callers) <= MOST
+            callers.of(number, caller)
+        assert callers.of("a", caller) is first and len(callers) <= MOST
         first.pop()
         callers.forget_idle()
         assert len(callers) == 0 and sessions.collect()[0].samples[0].value == 0
         full = Callers(service, "x", lambda session: session)
-        names = {full.of(number).robot for number in range(MOST)}
+        names = {full.of(number, caller).robot for number in range(MOST)}
         assert len(names) == MOST
         with pytest.raises(ServiceError, match="no room for another"):
-            full.of("one more")
+            full.of("one more", caller)
         full.close()
         assert sessions.collect()[0].samples[0].value == 0
     finally:

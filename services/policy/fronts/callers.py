@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from services.common.auth import Caller
 from services.common.errors import ServiceError
 from services.policy.service import PolicyService
 from services.policy.session import Session
@@ -43,14 +44,16 @@ class Callers[State]:
     def __len__(self) -> int:
         return len(self._known)
 
-    def of(self, key: Hashable) -> State:
-        """The state of the caller `key`. Raises ServiceError `unavailable` when there are too many to take another."""
+    def of(self, key: Hashable, caller: Caller) -> State:
+        """The state of the robot `key`, a session of `caller`. Raises ServiceError `unavailable` when there are too
+        many to take another, OverQuota when the caller has too many."""
         known = self._known.get(key)
         if known is None:
             self.forget_idle()
             if len(self._known) >= MOST:
                 raise ServiceError("unavailable", f"{MOST} robots are connected by this protocol; no room for another")
             ending = ExitStack()
+            ending.enter_context(caller.session())
             session = ending.enter_context(self._service.session(self._dialect))
             known = self._known[key] = _Known(self._make(session), ending, 0.0)
         known.heard = time.monotonic()

@@ -12,11 +12,13 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.errors import bad_field
+from recap_client import wire
+from services.common.errors import ServiceError, bad_field
 
 _format: Any = np.lib.format  # without types in numpy
 _KINDS = "biufUS"
 _MAX_DIMS = 8
+_MAX_LENGTH = 1 << 12  # of one list or map; msgpack makes room for it before the first item is read
 _MAX_NODES = 20_000
 _HEADER = 512  # bytes; numpy writes 118 or so
 _NPY, _ND, _CONFIG = "__ndarray_class__", "nd", "__ModalityConfig_class__"
@@ -33,8 +35,12 @@ def unpack(data: bytes, limit: int) -> tuple[dict[str, Any], Arrays | None]:
     """One request, and how its arrays were written (None when it has none). Raises ServiceError."""
     if len(data) > limit:
         raise bad_field("too_large", "message", f"at most {limit} bytes", f"{len(data)} bytes")
+    budget = _Budget()
     try:
-        raw = msgpack.unpackb(data, max_array_len=1 << 14, max_map_len=1 << 12, max_ext_len=0)
+        raw = msgpack.unpackb(data, max_array_len=_MAX_LENGTH, max_map_len=_MAX_LENGTH, max_ext_len=0,
+                              list_hook=budget.take, object_hook=budget.take)  # fmt: skip
+    except ServiceError:
+        raise
     except Exception as error:  # msgpack raises ValueError, TypeError, its own kinds and RecursionError by input
         raise bad_field(
             "bad_message", "message", "one msgpack map", f"{type(error).__name__}: {error}"[:120]
@@ -63,21 +69,30 @@ def modality_config(delta_indices: list[int], keys: list[str], *, as_text: bool)
     return {_CONFIG: True, "as_json": json.dumps(config) if as_text else config}
 
 
+class _Budget:
+    """Counts what a message holds while it is parsed, so that a hostile one ends before it has filled the memory."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_NODES
+
+    def take(self, container: Any) -> Any:
+        self._left -= 1 + len(container)
+        if self._left < 0:
+            raise bad_field("too_large", "message", f"at most {_MAX_NODES} values beside arrays", "more")
+        return container
+
+
 class _Reader:
     """Walks a message after msgpack, so that an error names the field."""
 
     def __init__(self) -> None:
         self.arrays: Arrays | None = None
-        self._nodes = 0
 
     def map(self, raw: Mapping[Any, Any], path: str) -> dict[str, Any]:
         named = {key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): raw[key] for key in raw}
         return {key: self.value(item, f"{path}.{key[:40]}" if path else key[:40]) for key, item in named.items()}
 
     def value(self, raw: Any, path: str) -> Any:
-        self._nodes += 1
-        if self._nodes > _MAX_NODES:
-            raise bad_field("too_large", "message", f"at most {_MAX_NODES} values beside arrays", "more")
         if isinstance(raw, list):
             return [self.value(item, f"{path}[{index}]") for index, item in enumerate(raw)]
         if not isinstance(raw, dict):
@@ -134,6 +149,8 @@ def _checked(data: bytes, dtype: "np.dtype[Any]", shape: Any, path: str, order: 
         raise bad_field(
             "bad_message", path, f"{expected} bytes for {dtype.str} {list(shape)}"[:120], f"{len(data)} bytes"
         )
+    if dtype.kind == "U" and not wire.is_text(data, dtype):
+        raise bad_field("bad_message", path, "text of Unicode characters", f"other numbers in {dtype.str}")
     return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 

@@ -2,7 +2,6 @@
 number of REQ clients at once. There is no `kill`."""
 
 import asyncio
-import hmac
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -13,7 +12,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from services.common.errors import Fault, ServiceError, bad_field, fault_of
+from services.common.errors import Fault, bad_field, fault_of
 from services.policy.fronts.callers import IDLE_S, Callers
 from services.policy.fronts.groot_codec import Arrays, pack, unpack
 from services.policy.fronts.groot_modality import describe, read_observation, write_actions
@@ -75,13 +74,14 @@ class _Front:
     async def serve(self) -> None:
         """Take messages until cancelled; each is answered by a task of its own."""
         while True:
-            frames = await self._router.recv_multipart()
+            parts = await self._router.recv_multipart(copy=False)
             received = time.perf_counter()
+            frames, peer = [part.bytes for part in parts], str(parts[-1].get("Peer-Address"))
             if len(self._tasks) >= _IN_FLIGHT:
                 fault = Fault("unavailable", f"{_IN_FLIGHT} requests are unanswered")
                 await self._refuse(frames[:-1], fault)
                 continue
-            task = asyncio.create_task(self._handle(frames, received))
+            task = asyncio.create_task(self._handle(frames, peer, received))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -93,12 +93,12 @@ class _Front:
             task.cancel()
         self.robots.close()
 
-    async def _handle(self, frames: list[bytes], received: float) -> None:
+    async def _handle(self, frames: list[bytes], peer: str, received: float) -> None:
         envelope, data = frames[:-1], frames[-1]  # an identity, and the empty frame of a REQ client
         try:
             if len(envelope) > 2 or any(envelope[1:]):
                 raise bad_field("bad_message", "message", "one frame", f"{len(frames) - 1} frames")
-            reply = await self._answer(envelope[0], data, received)
+            reply = await self._answer(envelope[0], data, peer, received)
         except Exception as error:
             await self._refuse(envelope[:2], fault_of(error))
             return
@@ -113,15 +113,20 @@ class _Front:
         with suppress(zmq.ZMQError):  # a router drops what is for a client that is gone
             await self._router.send_multipart(frames)
 
-    async def _answer(self, identity: bytes, data: bytes, received: float) -> bytes:
+    async def _answer(self, identity: bytes, data: bytes, peer: str, received: float) -> bytes:
         limit = self._service.limits.message
         request, arrays = unpack(data, limit) if len(data) < _SMALL else await asyncio.to_thread(unpack, data, limit)
-        self._check_token(request.get("api_token"))
-        robot = self.robots.of(identity)
+        token = request.get("api_token")
+        caller = self._service.gate.admit_key(
+            token if isinstance(token, str) else "", peer, "act", where="api_token: expected"
+        )
+        caller.spend(1, len(data))
+        robot = self.robots.of(identity, caller)
         robot.arrays = arrays or robot.arrays
         robot.in_flight += 1
         try:
-            return await self._endpoint(robot, request, received)
+            with caller.request():
+                return await self._endpoint(robot, request, received)
         finally:
             robot.in_flight -= 1
 
@@ -142,12 +147,6 @@ class _Front:
             spec = self._service.spec
             return pack(describe(spec.robot, spec.chunk, as_text=robot.text_config), robot.arrays)
         raise bad_field("bad_message", "endpoint", f"one of {', '.join(ENDPOINTS)}", repr(endpoint[:40]))
-
-    def _check_token(self, token: Any) -> None:
-        key = self._service.settings.api_key
-        presented = token if isinstance(token, str) else ""
-        if key is not None and not hmac.compare_digest(presented.encode(), key.encode()):
-            raise ServiceError("unauthorized", "api_token: expected the key of this service, got none or another")
 
     async def _act(self, robot: _Robot, data: Any, received: float) -> bytes:
         service, session = self._service, robot.session

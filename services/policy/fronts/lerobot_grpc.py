@@ -15,8 +15,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from services.common.auth import check_caller
+from services.common.auth import Caller, address
 from services.common.errors import Fault, ServiceError, fault_of
+from services.common.tls import grpc_credentials
 from services.policy.fronts.callers import IDLE_S, Callers
 from services.policy.fronts.lerobot_messages import (
     Seen,
@@ -54,6 +55,8 @@ _STATUS = {
     "shutting_down": grpc.StatusCode.UNAVAILABLE,
     "unavailable": grpc.StatusCode.UNAVAILABLE,
     "unauthorized": grpc.StatusCode.UNAUTHENTICATED,
+    "forbidden": grpc.StatusCode.PERMISSION_DENIED,
+    "rate_limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
@@ -106,11 +109,12 @@ async def lerobot_front(
     front = _Front(service, wait_s, idle_s)
     server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_RPCS)
     server.add_generic_rpc_handlers((front.handlers(),))
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        tls = service.settings.tls
+        bound = server.add_insecure_port(at) if tls is None else server.add_secure_port(at, grpc_credentials(tls))
     except RuntimeError as error:
-        raise OSError(f"{address}: cannot listen here for LeRobot's clients; choose another port") from error
+        raise OSError(f"{at}: cannot listen here for LeRobot's clients; choose another port") from error
     await server.start()
     watch = asyncio.create_task(front.robots.watch())
     try:
@@ -145,9 +149,13 @@ class _Front:
     def _guarded(self, call: Callable[[Any, _Robot], Awaitable[bytes]]) -> Callable[[Any, Any], Awaitable[bytes]]:
         async def answer(request: Any, context: Any) -> bytes:
             try:
-                check_caller(_metadata(context), {}, self._service.settings.api_key)
+                caller = self._service.gate.admit(_metadata(context), address(context.peer()), "act")
+                whole = isinstance(request, bytes)
+                caller.spend(1, len(request) if whole else 0)
                 self._check_serving()
-                return await call(request, self.robots.of(context.peer()))
+                robot = self.robots.of(context.peer(), caller)
+                with caller.request():
+                    return await call(request if whole else _metered(request, caller), robot)
             except Exception as error:
                 fault = fault_of(error)
                 self._report(fault, call == self.get_actions)
@@ -232,6 +240,12 @@ class _Front:
         reply = write_actions(actions, seen.module, seen.timestamp, seen.timestep, period)
         service.answered(session, seen.observation, timing, picked_up, seq=seen.timestep)
         return write_bytes(1, reply)
+
+
+async def _metered(messages: AsyncIterable[bytes], caller: Caller) -> AsyncIterator[bytes]:
+    async for message in messages:
+        caller.spend(0, len(message))
+        yield message
 
 
 def _metadata(context: Any) -> dict[str, str]:

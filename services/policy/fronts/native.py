@@ -5,21 +5,25 @@ import time
 from fastapi import WebSocket
 
 from recap_client import wire
+from services.common.auth import Caller
 from services.common.channel import SUBPROTOCOL, Channel, Message, Received, number, text, whole
 from services.common.errors import bad_field
+from services.common.handshake import check_spec
 from services.common.observation import decoded, read_observation
+from services.policy.chaining import read_previous, read_switched
 from services.policy.pipeline import milliseconds
 from services.policy.service import PolicyService
 from services.policy.session import Session
 
 
-async def serve_native(socket: WebSocket, service: PolicyService) -> None:
+async def serve_native(socket: WebSocket, service: PolicyService, caller: Caller) -> None:
     """Answer one connection until it ends."""
     with service.session(SUBPROTOCOL) as session:
         front = _Front(service, session)
         channel = Channel(
             socket,
             {"act": front.act, "reset": front.reset, "outcome": front.outcome},
+            caller,
             limit=service.limits.message,
             concurrent=frozenset({"act"}),
         )
@@ -39,15 +43,25 @@ class _Front:
         service, session = self._service, self._session
         seq, seed = whole(body, "seq") or 0, whole(body, "seed")
         t_obs = number(body, "t_obs", 0.0) or 0.0
-        deadline_ms = number(body, "deadline_ms")
+        deadline_ms, runs_out_ms = number(body, "deadline_ms"), number(body, "runs_out_ms")
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
         session.forward = body.get("forward") is not False
+        previous = read_previous(body, service.spec)
+        service.switched(read_switched(body))
         raw = read_observation(body)
-        observation = await decoded(raw, service.spec.robot.camera_names)
+        observation = await decoded(raw, service.spec.robot.cameras)
         decode_ms = milliseconds(at)
-        left_s = None if deadline_ms is None else (deadline_ms - decode_ms) / 1000
-        chunk = await service.act(session, observation, ticket=ticket, seed=seed, seq=seq, deadline_s=left_s)
+        chunk = await service.act(
+            session,
+            observation,
+            ticket=ticket,
+            seed=seed,
+            seq=seq,
+            deadline_s=_left_s(deadline_ms, decode_ms),
+            runs_out_s=_left_s(runs_out_ms, decode_ms),
+            previous=previous,
+        )
         timing = service.timing(chunk, at, decode_ms)
         reply = wire.pack(
             {
@@ -64,6 +78,7 @@ class _Front:
 
     async def reset(self, received: Received) -> Message:
         body, session = received.body, self._session
+        check_spec(body, self._service.spec.robot)
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
         session.task = text(body, "task", "", limit=2000)
@@ -88,3 +103,8 @@ class _Front:
             },
         )
         return {"type": "ok"}
+
+
+def _left_s(ms: float | None, passed_ms: float) -> float | None:
+    """Seconds that are left of `ms` milliseconds; None stays None."""
+    return None if ms is None else (ms - passed_ms) / 1000

@@ -14,6 +14,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from recap_client import wire
 from recap_model.observation import ObservationError
+from services.common.auth import Caller
 from services.common.channel import Message, decode
 from services.common.errors import Fault, bad_field, fault_of
 from services.common.observation import Observation, decoded, with_text_keys
@@ -40,7 +41,7 @@ class _Asked:
     received: float
 
 
-async def serve_openpi(socket: WebSocket, service: PolicyService, path: str = "") -> None:
+async def serve_openpi(socket: WebSocket, service: PolicyService, caller: Caller, path: str = "") -> None:
     """Answer one connection until it ends. path: without its leading slash; RoboArena's has its own handshake."""
     robot = service.spec.robot
     metadata = roboarena.server_config(robot) if path.strip("/") == roboarena.PATH else service.welcome()
@@ -51,12 +52,13 @@ async def serve_openpi(socket: WebSocket, service: PolicyService, path: str = ""
             received = time.perf_counter()
             dialect = DIALECT
             try:
+                caller.spend(1, len(event.get("bytes") or b""))
                 asked = _asked(service, event.get("bytes"), received)
                 dialect = asked.dialect
                 if asked.reset:
                     await socket.send_text(_reset(service, session, asked.body))
                     continue
-                with service.request(dialect):
+                with caller.request(), service.request(dialect):
                     reply = await _answer(service, session, asked, previous_ms)
             except Exception as error:
                 await _refuse(socket, service, fault_of(error), dialect)
@@ -93,7 +95,7 @@ async def _answer(service: PolicyService, session: Session, asked: _Asked, previ
         raw = read_observation(body, robot.camera_names)
     else:
         raw = await asyncio.to_thread(read_observation, body, robot.camera_names)
-    observation = await decoded(raw, robot.camera_names)
+    observation = await decoded(raw, robot.cameras)
     decode_ms = milliseconds(received)
     chunk = await service.act(session, observation)
     timing = service.timing(chunk, received, decode_ms)

@@ -13,10 +13,12 @@ from fastapi.responses import JSONResponse
 
 from recap_model.observation import ObservationError
 from services.common import json_numpy
-from services.common.auth import check_caller
+from services.common.entry import peer_of, refusal
 from services.common.errors import Fault, bad_field, fault_of
 from services.common.http import read_body
+from services.common.json_body import parse_object
 from services.common.observation import Observation
+from services.common.settings import Limits
 from services.policy.fronts.images import as_hwc_uint8
 from services.policy.pipeline import Chunk, milliseconds
 from services.policy.service import PolicyService
@@ -45,11 +47,13 @@ def openvla_router(service: PolicyService) -> APIRouter:
         received = time.perf_counter()
         dialect = _Dialect(False, False, False, False)
         try:
-            check_caller(request.headers, request.query_params, service.settings.api_key)
-            with service.request(DIALECT), service.session(DIALECT) as session:
+            caller = service.gate.admit(request.headers, peer_of(request), "act")
+            caller.spend(1, 0)
+            with caller.request(), service.request(DIALECT), service.session(DIALECT) as session:
                 session.forward = False  # a request that names no robot has no episode for the critic to follow
                 body = await read_body(request, service.limits.message * 4 // 3)
-                payload, dialect = await asyncio.to_thread(_parse, body)
+                caller.spend(0, len(body))
+                payload, dialect = await asyncio.to_thread(_parse, body, service.limits)
                 cameras = service.spec.robot.camera_names
                 observation = await asyncio.to_thread(_observation, payload, cameras)
                 decode_ms = milliseconds(received)
@@ -66,27 +70,17 @@ def openvla_router(service: PolicyService) -> APIRouter:
     return router
 
 
-def _parse(body: bytes) -> tuple[dict[str, Any], _Dialect]:
-    payload = _object(body)
+def _parse(body: bytes, limits: Limits) -> tuple[dict[str, Any], _Dialect]:
+    payload = parse_object(body, limits)
     twice = set(payload) == {"encoded"}
     if twice:
         if not isinstance(payload["encoded"], str):
             raise bad_field("bad_message", "encoded", "JSON as text", type(payload["encoded"]).__name__)
-        payload = _object(payload["encoded"])
+        payload = parse_object(payload["encoded"], limits, "encoded")
     envelopes = json_numpy.contains(payload)
     wrapped = isinstance(payload.get("observation"), dict)
     legacy = envelopes and not wrapped
     return payload, _Dialect("image" in payload and legacy, envelopes, twice, legacy)
-
-
-def _object(data: bytes | str) -> dict[str, Any]:
-    try:
-        payload = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise bad_field("bad_message", "body", "a JSON object", str(error)[:120]) from error
-    if not isinstance(payload, dict):
-        raise bad_field("bad_message", "body", "a JSON object", type(payload).__name__)
-    return payload
 
 
 def _observation(encoded: Mapping[str, Any], cameras: tuple[str, ...]) -> Observation:
@@ -131,5 +125,6 @@ def _reply(chunk: Chunk, dialect: _Dialect, total_ms: float) -> JSONResponse:
 def _error(fault: Fault, dialect: _Dialect) -> JSONResponse:
     if dialect.legacy:  # what their clients test for; the reason travels beside it
         reason = f"{fault.code}: {fault.message}".encode("ascii", "replace").decode().replace("\n", " ")
-        return JSONResponse("error", headers={ERROR_HEADER: "".join(c for c in reason if c.isprintable())[:500]})
-    return JSONResponse({"error": fault.to_message()}, status_code=fault.http_status)
+        shown = "".join(c for c in reason if c.isprintable())[:500]
+        return JSONResponse("error", headers={ERROR_HEADER: shown, **fault.http_headers})
+    return refusal(fault)

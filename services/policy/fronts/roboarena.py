@@ -81,9 +81,13 @@ def _state(body: Mapping[str, Any], robot: RobotSpec) -> Any:
     parts: dict[str, Any] = {}
     for key in (_JOINTS, _POSE, _GRIPPER):
         if key in body:
-            value = np.asarray(body[key])
+            name = key.removeprefix("observation/")
+            try:
+                value = np.asarray(body[key])
+            except (ValueError, OverflowError) as error:
+                raise ObservationError(name, "numbers", "lists of unequal lengths or depths") from error
             if value.dtype.kind not in "biuf":
-                raise ObservationError(key.removeprefix("observation/"), "numbers", f"dtype {value.dtype}"[:40])
+                raise ObservationError(name, "numbers", f"dtype {value.dtype}"[:40])
             parts[key] = value.ravel()
     grips = any("grip" in dim.name.lower() for dim in robot.state)
     tails = ((_GRIPPER,), ()) if grips else ((), (_GRIPPER,))

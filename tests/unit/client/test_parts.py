@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_caller_raises_what_the_call_raised_and_goes_on() -> None:
     caller.start(4, lambda: 7)
     assert caller.result(None) == (4, 7)
     caller.close()
+
+
+def test_a_reply_in_the_instant_after_the_wait_is_a_reply() -> None:
+    class JustAfter(Future[str]):
+        def result(self, timeout: float | None = None) -> str:
+            if not self.done():
+                self.set_result("chunk")
+                raise TimeoutError  # the wait ran out, and then it was there
+            return super().result(timeout)
+
+    caller: Caller[str] = Caller("t")
+    caller._pending = (7, JustAfter())
+    assert caller.result(0.0) == (7, "chunk") and not caller.busy
 
 
 def test_importing_the_client_loads_neither_simulator_nor_torch_and_sets_nothing() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,9 +30,9 @@ def sample(seed: int) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def batching(models: Path) -> AsyncIterator[tuple[Batcher, SpyEngine]]:
+async def batching(models: Path, **options: Any) -> AsyncIterator[tuple[Batcher, SpyEngine]]:
     engine = SpyEngine(load_engine(models, "policy"))
-    batcher = Batcher(engine)
+    batcher = Batcher(engine, **options)
     try:
         yield batcher, engine
     finally:
@@ -122,6 +123,109 @@ def test_a_deadline_holds_for_a_request_that_already_runs(models: Path) -> None:
             with pytest.raises(ServiceError) as error:
                 await batcher.run("a", sample(1), deadline_s=0.02)
             assert error.value.fault.code == "deadline"
+
+    run(test)
+
+
+def measured(batcher: Batcher, seconds: float, *, runs: int = 16, ago_s: float = 0.0) -> None:
+    """Let the batcher believe that runs of one sample take so long."""
+    for _ in range(runs):
+        batcher.times.record(1, seconds, time.perf_counter() - ago_s)
+
+
+def test_a_deadline_shorter_than_a_run_is_refused_at_once_and_not_run(models: Path) -> None:
+    async def test() -> None:
+        refused: list[str] = []
+        async with batching(models, on_refused=refused.append) as (batcher, engine):
+            measured(batcher, 30.0)
+            with pytest.raises(ServiceError) as error:
+                await batcher.run("a", sample(1), deadline_s=20.0)
+            message = "the answer would take at least 30000.0 ms, the deadline is 20000.0 ms"
+            assert str(error.value) == f"not run: {message}; ask earlier or allow more"
+            fault = error.value.fault
+            assert (fault.code, fault.field) == ("deadline", "deadline_ms")
+            assert (fault.expected, fault.got) == ("at least 30000.0 ms", "20000.0 ms")
+            assert refused == ["arrival"] and not engine.calls and batcher.depth == 0
+            await batcher.run("a", sample(1), deadline_s=31.0)
+            await batcher.run("a", sample(1))
+
+    run(test)
+
+
+def test_the_queue_before_it_counts_against_a_deadline(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            measured(batcher, 30.0)
+            blocker = await busy(batcher, engine)
+            urgent = [asyncio.create_task(batcher.run(i, sample(i), runs_out_s=1.0)) for i in range(8)]
+            await asyncio.sleep(0.01)
+            with pytest.raises(ServiceError) as error:  # the run under way, theirs, its own
+                await batcher.run("late", sample(1), deadline_s=80.0, runs_out_s=5.0)
+            assert error.value.fault.code == "deadline" and batcher.depth == 8 and not blocker.done()
+            first = asyncio.create_task(batcher.run("first", sample(1), deadline_s=80.0, runs_out_s=-1.0))
+            await asyncio.sleep(0.01)
+            assert batcher.depth == 9  # before them it is in time
+            engine.gate.set()
+            await asyncio.gather(blocker, first, *urgent)
+
+    run(test)
+
+
+def test_what_can_no_longer_be_in_time_is_refused_when_a_batch_is_formed(models: Path) -> None:
+    async def test() -> None:
+        refused: list[str] = []
+        async with batching(models, on_refused=refused.append) as (batcher, engine):
+            measured(batcher, 10.0)
+            blocker = await busy(batcher, engine)
+            waiting = asyncio.create_task(batcher.run("a", sample(1), deadline_s=25.0))
+            await asyncio.sleep(0.01)
+            assert batcher.depth == 1
+            measured(batcher, 100.0)  # the engine has become slow
+            engine.gate.set()
+            with pytest.raises(ServiceError, match=r"at least 10\d{4}\.\d ms, the deadline is 25000\.0 ms"):
+                await waiting
+            await blocker
+            assert refused == ["queue"] and len(engine.calls) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("evidence", [{"runs": 2}, {"ago_s": 10_000.0}])
+def test_nothing_is_refused_on_too_little_or_too_old_evidence(models: Path, evidence: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, _):
+            measured(batcher, 30.0, **evidence)
+            await batcher.run("a", sample(1), deadline_s=20.0)
+
+    run(test)
+
+
+def test_a_batcher_learns_its_run_times_and_tells_how_busy_the_engine_was(models: Path) -> None:
+    async def test() -> None:
+        busy_s: list[float] = []
+        async with batching(models, on_busy=busy_s.append) as (batcher, engine):
+            engine.edit = lambda outputs: (time.sleep(0.01), outputs)[1]
+            for _ in range(4):
+                await batcher.run("a", sample(0))
+            assert len(busy_s) == 4 and min(busy_s) >= 0.01
+            assert batcher.times.seconds(1, time.perf_counter()) in busy_s
+
+    run(test)
+
+
+def test_the_robot_that_runs_out_first_is_in_the_first_batch(models: Path) -> None:
+    async def test() -> None:
+        async with batching(models) as (batcher, engine):
+            blocker = await busy(batcher, engine)
+            calm = [asyncio.create_task(batcher.run(i, sample(i), runs_out_s=10.0 - i)) for i in range(8)]
+            await asyncio.sleep(0.01)
+            urgent = asyncio.create_task(batcher.run("urgent", sample(50), runs_out_s=0.1))
+            silent = asyncio.create_task(batcher.run("silent", sample(51)))
+            await asyncio.sleep(0.01)
+            engine.gate.set()
+            await asyncio.gather(blocker, urgent, silent, *calm)
+            order = [*engine.calls[1]["state"], *engine.calls[2]["state"]]
+            np.testing.assert_array_equal(order, [sample(i)["state"] for i in (51, 50, 7, 6, 5, 4, 3, 2, 1, 0)])
 
     run(test)
 

@@ -53,7 +53,7 @@ def nested() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def served(models: Path) -> Iterator[Served]:
-    with policy_server(models, groot_port=0) as server:
+    with policy_server(models, groot_port=0, limits="pass") as server:  # the sums of these tests leave the limits
         yield server
 
 

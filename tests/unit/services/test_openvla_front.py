@@ -97,7 +97,8 @@ def test_legacy_clients_get_their_error_and_the_reason_beside_it(served: Served)
     [
         (b"not json", 400, "body"),
         (b"[1, 2]", 400, "body"),
-        (b"[" * 100_000, 400, "body"),
+        (b"[" * 9_000, 400, "body"),
+        (b"[" * 100_000, 413, "body"),
         (json.dumps({"instruction": TASKS[0]}).encode(), 422, "images[front]"),
         (json.dumps({"encoded": 3}).encode(), 400, "encoded"),
     ],
