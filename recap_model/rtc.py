@@ -48,6 +48,17 @@ def guidance_weights(steps: int, maximum: float = 10.0) -> NDArray[np.float32]:
     return np.minimum(weight, maximum).astype(np.float32)
 
 
+def inpainting_weights(steps: int) -> NDArray[np.float32]:
+    """float32 [steps]: factor of the correction at each denoising step, 1 / t at noise level t = 1 - i / steps.
+
+    The corrected velocity is then v + weight * ((x - previous) / t - v): a row of weight 1 goes straight from its noise
+    to the previous action, so it is at every step what the flow was trained on (t noise + (1 - t) action) and ends on
+    the action itself. LeRobot's factors (`guidance_weights`) overshoot at first, and with 8 steps leave
+    a tenth of the last error.
+    """
+    return (steps / (steps - np.arange(steps))).astype(np.float32)
+
+
 def correct(velocity: Any, x: Any, time: float, previous: Any, weights: Any, guidance: Any) -> Any:
     """The guided velocity. Works on numpy arrays and torch tensors alike.
 

@@ -42,8 +42,10 @@ console = Console(stderr=True, highlight=False)
 
 def serve_one(args: ServeArgs, ready: Any = None) -> int:
     """Serve one service until SIGTERM or SIGINT. ready: an event to set when requests are answered."""
+    from services.common.heap import keep_heap
     from services.common.logs import configure
 
+    keep_heap()
     configure(args.log_format)
     policy = args.what == "policy"
     sock = bind(args.host, args.policy_port if policy else args.critic_port)  # first: a taken port needs no loading

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run episodes, one line each, and a JSON summary as the last line."""
     rule = TakeoverRule(arguments.intervene) if arguments.intervene else None
-    late = None if arguments.realtime else _delay(arguments.delay_ms, arguments.jitter_ms)
+    late = _delay(arguments.delay_ms, arguments.jitter_ms, arguments.realtime)
     loop = LoopSettings(
         arguments.execute, arguments.realtime, max_change=_max_change(arguments.max_change),
         image_format=arguments.images, chunks=arguments.chunks, horizon=arguments.horizon, delay=late,
@@ -155,8 +155,15 @@ def _switches(results: Sequence[EpisodeResult]) -> dict[str, float | None]:
     }
 
 
-def _delay(delay_ms: float, jitter_ms: float) -> Delay | None:
-    return Delay(delay_ms / 1e3, jitter_ms / 1e3) if delay_ms or jitter_ms else None
+def _delay(delay_ms: float, jitter_ms: float, realtime: bool) -> Delay | None:
+    if not delay_ms and not jitter_ms:
+        return None
+    if realtime:
+        raise FleetError("--delay-ms, --jitter-ms: expected --fast with them (robot time), got real time")
+    try:
+        return Delay(delay_ms / 1e3, jitter_ms / 1e3)
+    except ValueError as error:
+        raise FleetError(f"--delay-ms, --jitter-ms: {error}") from error
 
 
 def _print_result(result: EpisodeResult, resumed: bool) -> None:

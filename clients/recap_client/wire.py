@@ -98,18 +98,25 @@ def _decode(raw: Any, path: str, level: int) -> Any:
     if level > _MAX_LEVELS:  # msgpack itself allows more than Python's stack
         raise WireError(path[:80], f"at most {_MAX_LEVELS} levels of maps and lists", "more")
     if isinstance(raw, list):
-        return [_decode(item, f"{path}[{index}]", level + 1) for index, item in enumerate(raw)]
+        return [
+            item if type(item) in _LEAVES else _decode(item, f"{path}[{index}]", level + 1)
+            for index, item in enumerate(raw)
+        ]
     if not isinstance(raw, dict):
         if isinstance(raw, (msgpack.ExtType, msgpack.Timestamp)):
             raise WireError(path, "plain msgpack types", type(raw).__name__)
         return raw
-    for marker, build in (("__ndarray__", _array), ("__npgeneric__", _generic), ("__jpeg__", _jpeg)):
-        if marker.encode() in raw or marker in raw:
+    for as_bytes, as_text, build in _BUILDERS:
+        if as_bytes in raw or as_text in raw:
             return build({_text(key): value for key, value in raw.items()}, path)
     return {
-        key: _decode(value, f"{path}.{_text(key)[:80]}" if path else _text(key)[:80], level + 1)
+        key: value if type(value) in _LEAVES else _decode(value, _under(path, key), level + 1)
         for key, value in raw.items()
     }
+
+
+def _under(path: str, key: Any) -> str:
+    return f"{path}.{_text(key)[:80]}" if path else _text(key)[:80]
 
 
 def _array(raw: dict[str, Any], path: str) -> Any:
@@ -167,3 +174,11 @@ def _dtype(raw: dict[str, Any], path: str) -> "np.dtype[Any]":
 
 def _text(key: Any) -> str:
     return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
+
+
+_LEAVES = frozenset({bytes, str, int, float, bool, type(None)})
+_BUILDERS = (
+    (b"__ndarray__", "__ndarray__", _array),
+    (b"__npgeneric__", "__npgeneric__", _generic),
+    (b"__jpeg__", "__jpeg__", _jpeg),
+)

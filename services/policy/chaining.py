@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recap_client.spec import RobotSpec
-from recap_model.rtc import Schedule, prefix_weights
+from recap_model.rtc import Schedule, inpainting_weights, prefix_weights
 from recap_model.spec import PolicySpec
 from services.common.channel import number, whole
 from services.common.errors import ServiceError, bad_field
@@ -98,17 +98,6 @@ def graph_inputs(previous: Previous | None, shapes: Mapping[str, tuple[int, ...]
     inputs["prefix_weights"] = prefix_weights(previous.delay, horizon, chunk, SCHEDULE)
     inputs["guidance_weights"] = inpainting_weights(*shapes["guidance_weights"])
     return inputs
-
-
-def inpainting_weights(steps: int) -> NDArray[np.float32]:
-    """float32 [steps]: factor of the correction at each denoising step, 1 / t at noise level t = 1 - i / steps.
-
-    The corrected velocity is then v + weight * ((x - previous) / t - v): a row of weight 1 goes straight from its noise
-    to the previous action, so it is at every step what the flow was trained on (t noise + (1 - t) action) and ends on
-    the action itself. LeRobot's factors (`recap_model.rtc.guidance_weights`) overshoot at first, and with 8 steps leave
-    a tenth of the last error.
-    """
-    return (steps / (steps - np.arange(steps))).astype(np.float32)
 
 
 def _clipped(actions: NDArray[Any], robot: RobotSpec) -> NDArray[np.float32]:

@@ -40,12 +40,15 @@ class SafeActions:
                 expected="finite numbers",
                 got="NaN or infinity",
             )
+        safe = np.clip(actions, self._low, self._high)
+        if np.array_equal(safe, actions):  # nearly always
+            return actions
         beyond = (actions < self._below) | (actions > self._above)
         if beyond.any():
             self._unsafe("limit")
             if self._limits == "refuse":
                 raise self._refusal(actions, beyond)
-        return actions if self._limits == "pass" else np.clip(actions, self._low, self._high)
+        return actions if self._limits == "pass" else safe
 
     def _refusal(self, actions: NDArray[np.float32], beyond: NDArray[np.bool_]) -> ServiceError:
         column = int(beyond.any(axis=0).argmax())

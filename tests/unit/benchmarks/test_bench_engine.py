@@ -23,6 +23,7 @@ def result(tmp_path_factory):
     return code, json.loads(lines[-1]), table.read_text()
 
 
+@pytest.mark.slow
 def test_every_engine_has_a_row_with_its_error(result):
     code, data, _ = result
     assert code == 0 and set(data) >= {"hardware", "rows"}
@@ -35,6 +36,7 @@ def test_every_engine_has_a_row_with_its_error(result):
     assert measured[0]["times_lerobot"] == 1.0 and measured[1]["times_lerobot"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_goes_below_the_introduction(result):
     text = result[2]
     assert text.index("An introduction.") < text.index("engines, ") < text.index("## old")

@@ -23,7 +23,7 @@ from recap_client.runtime import LoopSettings, run_episode
 from recap_model.manifest import publish, write_manifest
 from recap_model.policy.load import load_policy
 from recap_model.policy.static import GraphOptions
-from recap_model.rtc import correct, prefix_weights
+from recap_model.rtc import correct, inpainting_weights, prefix_weights
 from recap_model.spec import PolicySpec, write_spec
 from repository_factory import robot_spec
 from service_harness import NativeClient, Served, SpyEngine, act, policy_server
@@ -33,7 +33,7 @@ from services.common.server import running
 from services.common.settings import PolicySettings
 from services.common.torch_engine import TorchEngine
 from services.policy.app import create_app
-from services.policy.chaining import SCHEDULE, Previous, graph_inputs, inpainting_weights, read_previous
+from services.policy.chaining import SCHEDULE, Previous, graph_inputs, read_previous
 
 SPEC = PolicySpec(ROBOT, 8, 16)
 CHUNK, WIDTH, STEPS = 8, 4, 3
@@ -324,8 +324,12 @@ def test_the_command_reports_delays_and_seams(continuing: Served, capsys: Any, m
     from recap_client import cli
 
     monkeypatch.setattr("recap_client.fleet.open_robot", lambda *_: Table(limit=20))
-    command = ["run", "--task", TASKS[0], "--url", continuing.url(), "--fast", "--chunks", "rtc", "--delay-ms", "150"]
-    assert cli.main([*command, "--jitter-ms", "50"]) == 0
+    command = ["run", "--task", TASKS[0], "--url", continuing.url(), "--chunks", "rtc", "--delay-ms", "150"]
+    assert cli.main([*command, "--jitter-ms", "50", "--fast"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["chunks"] == "rtc" and 2 <= summary["delay_steps_mean"] <= summary["delay_steps_max"] <= 4
     assert 0 < summary["seam_error_mean"] <= summary["seam_error_max"] <= 1
+    assert cli.main([*command, "--realtime"]) == 2 and "expected --fast with them" in capsys.readouterr().err
+    assert (
+        cli.main([*command, "--jitter-ms", "-1", "--fast"]) == 2 and "expected seconds >= 0" in capsys.readouterr().err
+    )

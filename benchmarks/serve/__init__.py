@@ -1,0 +1,1 @@
+"""`recap bench serve`: the policy service beside other servers, on the same observations."""
