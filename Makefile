@@ -8,7 +8,7 @@ demo: install-demo  ## install what serving and simulation need (no torch, < 1 G
 	.venv-demo/bin/recap demo $(ARGS)
 
 test: install lint types  ## install everything, then lint, types, import rules and the test suite: 10 minutes on two cores
-	$(PYTEST) -m "not slow and not gpu and not triton" -n 2 --dist loadfile --durations 10
+	$(PYTEST) -m "not slow and not gpu and not triton" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-all: install lint types  ## the slow tests too
 	$(PYTEST) -m "not gpu and not triton" --durations 20
