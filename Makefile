@@ -10,7 +10,8 @@ demo: install-demo  ## install what serving and simulation need (no torch, < 1 G
 test: install lint types  ## install everything, then lint, types, import rules and the test suite: 10 minutes on two cores
 	$(PYTEST) -m "not slow and not gpu and not triton" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-test-all: install lint types  ## the slow tests too
+test-all: install lint types  ## the slow tests too (fetches Prometheus' programs from Debian, 30 MB, where they are not on PATH)
+	@scripts/prometheus-tools >/dev/null
 	$(PYTEST) -m "not gpu and not triton" --durations 20
 
 install-demo:  ## environment .venv-demo: serving, simulator, report
@@ -36,7 +37,12 @@ loop: install  ## the whole RECAP circle in simulation into runs/loop (45 minute
 
 test-triton: install  ## the tests that need a Triton server (installs one from PyPI, 80 MB)
 	@scripts/triton-env
-	$(PYTEST) -m triton tests/triton
+	@scripts/prometheus-tools >/dev/null
+	$(PYTEST) -m triton tests/triton tests/deploy
+
+test-alerts: install  ## alert rules by promtool, and real Prometheus and Alertmanager over real services
+	@scripts/prometheus-tools
+	$(PYTEST) -m "not triton" tests/deploy/test_rules.py tests/deploy/test_dashboards.py tests/deploy/test_observability_live.py
 
 soak: install  ## policy and critic under a mixed load for an hour: memory, descriptors and heartbeats watched
 	OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.soak $(ARGS)
@@ -61,4 +67,4 @@ clean:  ## remove caches and builds; keeps environments and runs
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.PHONY: demo test test-all install-demo install lint types format loop test-triton soak fuzz assets lock clean help
+.PHONY: demo test test-all install-demo install lint types format loop test-triton test-alerts soak fuzz assets lock clean help

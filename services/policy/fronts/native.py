@@ -7,7 +7,7 @@ from fastapi import WebSocket
 from recap_client import wire
 from services.common.auth import Caller
 from services.common.channel import SUBPROTOCOL, Channel, Message, Received, number, text, whole
-from services.common.errors import bad_field
+from services.common.errors import ServiceError, bad_field
 from services.common.handshake import check_spec
 from services.common.observation import decoded, read_observation
 from services.policy.chaining import read_previous, read_switched
@@ -78,7 +78,11 @@ class _Front:
 
     async def reset(self, received: Received) -> Message:
         body, session = received.body, self._session
-        check_spec(body, self._service.spec.robot)
+        try:
+            check_spec(body, self._service.spec.robot)
+        except ServiceError as error:
+            self._service.metrics.count(SUBPROTOCOL, error.fault.code)
+            raise
         session.robot = text(body, "robot", session.robot, limit=64)
         session.episode = text(body, "episode", session.episode, limit=128)
         session.task = text(body, "task", "", limit=2000)

@@ -296,6 +296,9 @@ def test_a_robot_may_say_what_it_is_and_is_refused_when_it_is_another(models: Pa
             reply = client.ask(reset | {"spec": other.to_json()})
             assert (reply["code"], reply["field"]) == ("spec_mismatch", "spec.control_hz")
             assert (reply["expected"], reply["got"]) == ("20.0", "50.0")
+            if server is policy_server:
+                counted = 'recap_act_requests_total{code="spec_mismatch",dialect="recap.v1"} 1.0'
+                assert counted in served.get("/metrics")[1]
             for bad in (5, {}, {"cameras": 1}, {**SPEC.to_json(), "cameras": []}):
                 assert client.ask(reset | {"spec": bad})["code"] == "bad_message"
             assert client.ask(reset)["type"] == "ok"
