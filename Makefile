@@ -35,6 +35,17 @@ format: install  ## let ruff rewrite what it can
 loop: install  ## the whole RECAP circle in simulation into runs/loop (45 minutes on two cores)
 	.venv/bin/recap loop --out runs/loop $(ARGS)
 
+PROFILE ?= cpu
+up:  ## the stack in containers: PROFILE=cpu (default) or gpu; docs/deploy.md
+	@scripts/compose-setup
+	RECAP_UID=$$(id -u) RECAP_GID=$$(id -g) docker compose --profile $(PROFILE) up --build --detach --wait
+
+down:  ## stop it; rollouts and metrics stay in runs/compose
+	docker compose --profile cpu --profile gpu down
+
+sbom: install  ## bill of materials of the locks into dist/sbom
+	scripts/sbom
+
 test-triton: install  ## the tests that need a Triton server (installs one from PyPI, 80 MB)
 	@scripts/triton-env
 	@scripts/prometheus-tools >/dev/null
@@ -67,4 +78,4 @@ clean:  ## remove caches and builds; keeps environments and runs
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.PHONY: demo test test-all install-demo install lint types format loop test-triton test-alerts soak fuzz assets lock clean help
+.PHONY: demo test test-all install-demo install lint types format loop up down sbom test-triton test-alerts soak fuzz assets lock clean help

@@ -3,7 +3,9 @@
 import pytest
 
 # node id prefix -> why it may be skipped where `make test` runs
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "tests/deploy/test_k8s.py": "renders with kubectl, which is no Python package; a newcomer's machine may lack it",
+}
 
 _skipped: dict[str, str] = {}
 

@@ -81,7 +81,7 @@ def test_interrupted_demo_keeps_what_is_recorded_and_stops_its_children(
         command(models, tmp_path, "--tasks", "door-open", "--drills", "0"), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 200  # a busy machine takes its time; only a hang must end
     while not (tmp_path / "rollouts/door-open-300001.mcap.part").exists():  # the first is over, the second runs
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
