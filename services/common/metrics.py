@@ -30,6 +30,12 @@ class PolicyMetrics:
 
     def __init__(self) -> None:
         self.registry = _registry()
+        self._requests()
+        self._scheduling()
+        self._callers()
+        self._models()
+
+    def _requests(self) -> None:
         latency = Histogram(
             "recap_act_latency_seconds",
             "Time from a request's last byte to its reply, by stage",
@@ -62,6 +68,16 @@ class PolicyMetrics:
             buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0),
             registry=self.registry,
         )
+        self.unsafe = Counter(
+            "recap_act_unsafe",
+            "Chunks with actions that are not finite, or beyond the limits of the robot",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in ("nonfinite", "limit"):
+            self.unsafe.labels(kind)
+
+    def _scheduling(self) -> None:
         self.superseded = Counter(
             "recap_act_superseded", "Requests replaced by a newer observation of their session", registry=self.registry
         )
@@ -83,6 +99,8 @@ class PolicyMetrics:
         self.engine_busy = Counter(
             "recap_engine_busy_seconds", "Time that engines spent on batches, all models", registry=self.registry
         )
+
+    def _callers(self) -> None:
         self.sessions = Gauge("recap_sessions", "Connected sessions", registry=self.registry)
         self.tap = Counter(
             "recap_tap_observations",
@@ -92,14 +110,14 @@ class PolicyMetrics:
             registry=self.registry,
         )
         self.refused = refusals(self.registry)
-        self.unsafe = Counter(
-            "recap_act_unsafe",
-            "Chunks with actions that are not finite, or beyond the limits of the robot",
-            ["kind"],
+        self.record_frames = Counter(
+            "recap_record_frames",
+            "Requests for the recording: written, dropped (queue full), no_space, or failed",
+            ["result"],
             registry=self.registry,
         )
-        for kind in ("nonfinite", "limit"):
-            self.unsafe.labels(kind)
+
+    def _models(self) -> None:
         self.model_requests = Counter(
             "recap_model_requests",
             "Answers by the model that gave them, and what it was then: live, canary, previous",
@@ -124,12 +142,6 @@ class PolicyMetrics:
             "recap_shadow_action_difference",
             "Largest difference of a shadow chunk from the one sent, as a share of the action's range",
             buckets=(1e-6, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0),
-            registry=self.registry,
-        )
-        self.record_frames = Counter(
-            "recap_record_frames",
-            "Requests for the recording: written, dropped (queue full), no_space, or failed",
-            ["result"],
             registry=self.registry,
         )
         self._info = model_info(self.registry)
