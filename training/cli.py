@@ -106,6 +106,9 @@ class TrainPolicy:
     """Groups of action dimensions as NAME=START:STOP; where the column loss_mask_NAME is 0, they are not learned."""
     lora: int | None = None
     """Rank of low-rank adapters on language model and action expert, whose own weights stay (needs --init)."""
+    max_delay: int | None = None
+    """Most control steps that a reply is expected to take: the policy learns to continue so many actions that have run
+    in the meantime (for --chunks rtc). Default: as in --init, else 0."""
     overrides: tyro.conf.OmitArgPrefixes[Overrides] = Overrides()
 
 
@@ -170,6 +173,8 @@ def policy(argv: list[str]) -> int:
     groups = parse_groups(args.action_groups)
     losses = LossSettings(args.fast_weight, args.fast_ids, args.insulate, groups)
     settings = replace(settings, losses=losses, lora=args.lora)
+    if args.max_delay is not None:
+        settings = replace(settings, max_delay=args.max_delay)
     mode, storage = "imitation" if args.expert else args.mode, args.overrides.storage(args.out)
     manifest = train_policy(settings, _data(args), args.labels, args.init, args.out, mode, args.fast, storage)
     if processes().main:

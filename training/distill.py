@@ -173,7 +173,7 @@ def make_student(teacher: Policy, train: Literal["expert", "all"]) -> Policy:
     held in memory once, and what the teacher reads of an observation is what the student reads."""
     shared = (teacher.vision, teacher.language, teacher.state_in) if train == "expert" else ()
     student = copy.deepcopy(teacher, {id(part): part for part in shared})
-    student.config = replace(teacher.config, denoise_steps=1)
+    student.config = replace(teacher.config, denoise_steps=1, max_delay=0)  # its lessons give no actions
     teacher.requires_grad_(False)
     return student
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recap_model.policy import flow
+from recap_model.policy.config import PolicyConfig
 from recap_model.policy.language import prefix_mask
 from recap_model.policy.model import Policy, Prefix
 from training.action_tokens import ActionTokens
@@ -66,14 +67,29 @@ def flow_loss(policy: Policy, prefix: Prefix, batch: Batch, draws: int, generato
     total, rows = batch.total * draws, slice(batch.rows.start * draws, batch.rows.stop * draws)
     noise = torch.randn((total, *actions.shape[1:]), generator=generator)[rows].to(actions.device)
     time = flow.sample_time(total, generator)[rows].to(actions.device)
+    given = given_rows(total, policy.config, generator)
+    if given is not None:
+        given = given[rows].to(actions.device)
+        time = torch.where(given, 0.0, time[:, None])
     noisy, target = flow.interpolate(actions, noise, time)
     own = slice(policy.config.action_dim)  # what pads the action to the model's width is nothing to learn
     velocity = policy.velocity(noisy, time, prefix)[..., own].float()  # a sum of many bf16 numbers would be coarse
+    if given is not None:  # no error, rather than no part of the mean: parts of a step then add up to it
+        velocity = torch.where(given[:, :, None], target[..., own], velocity)
     if batch.action_mask is None:
         valid = put(batch.valid).repeat_interleave(draws, 0)
         return flow.loss(velocity, target[..., own], valid) * batch.valid_share()
     mask = put(batch.action_mask).repeat_interleave(draws, 0)
     return masked_mean((velocity - target[..., own]) ** 2, mask) * batch.valid_share()
+
+
+def given_rows(total: int, config: PolicyConfig, generator: torch.Generator) -> Tensor | None:
+    """bool [total, chunk]: actions that a sample is given as they are and does not learn, the first d of its chunk with
+    d uniform in 0 ... max_delay (arXiv 2512.05964, section 3); None for a policy that is trained without."""
+    if not config.max_delay:
+        return None
+    delay = torch.randint(config.max_delay + 1, (total, 1), generator=generator)
+    return torch.arange(config.chunk) < delay
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ def prepare(
         if isinstance(data, Mixture)
         else _single(settings, data, labels, init, mode, frames)
     )
+    if settings.max_delay is not None:
+        run.policy.config = replace(run.policy.config, max_delay=settings.max_delay)
     return replace(run, parents=run.parents | ({"init": read_manifest(init).hash} if init else {}))
 
 

@@ -76,6 +76,8 @@ class PolicySettings:
     the data. cotrain_share: share of frames of demonstrations in every batch; None = as in the data. names_in_prompt:
     the prompt names the entries of state and action (`recap_model.conditioning.with_names`). new_robot: the checkpoint
     that training starts from is given the robot of the data (`training.start`).
+    max_delay: most actions at a chunk's start that a sample may be given instead of learning them, as a robot gives
+    them that acts while it waits (arXiv 2512.05964); None = as the checkpoint that training starts from, 0 without one.
     lora: rank of the low-rank adapters that train in place of the weights (`training.lora`), None = the weights train.
     """
 
@@ -98,6 +100,7 @@ class PolicySettings:
     new_robot: bool = False
     losses: LossSettings = LossSettings()
     lora: int | None = None
+    max_delay: int | None = None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class PolicyConfig:
     frame: (height, width) of the camera frames [px], None = the tower's square. state_width, action_width: what the
     vectors are padded to with zeros inside the model, None = not at all. image_tokens: ids (fake_token_around_image,
     global-img) that stand around every camera's tokens, None = nothing does; empty_cameras: cameras of the
-    pre-training that this robot lacks; of a missing camera only those two ids are ever seen.
+    pre-training that this robot lacks; of a missing camera only those two ids are ever seen. max_delay: so many first
+    actions may be given instead of sampled (training-time real-time chunking, arXiv 2512.05964); 0 = trained without.
     """
 
     vision: VisionConfig
@@ -125,6 +126,7 @@ class PolicyConfig:
     action_width: int | None = None
     image_tokens: tuple[int, int] | None = None
     empty_cameras: int = 0
+    max_delay: int = 0
 
     def __post_init__(self) -> None:
         if self.family != "smolvla":
@@ -135,6 +137,10 @@ class PolicyConfig:
         ):
             if width is not None and width < used:
                 raise PolicyConfigError(f"{name}: expected at least {used}, the robot's own, got {width}")
+        if not 0 <= self.max_delay < self.chunk:
+            raise PolicyConfigError(
+                f"max_delay: expected 0 to {self.chunk - 1} actions of a chunk of {self.chunk}, got {self.max_delay}"
+            )
         expert_plan(self.language, self.expert)
 
     @property

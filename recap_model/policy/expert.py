@@ -11,10 +11,10 @@ from recap_model.policy.language import KeyValues, Layer, attend, rope
 
 
 def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
-    """Sine-cosine embedding of time [B] in [0, 1] -> [B, width] (LeRobot's `create_sinusoidal_pos_embedding`)."""
+    """Sine-cosine embedding of time [...] in [0, 1] -> [..., width] (LeRobot's `create_sinusoidal_pos_embedding`)."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64).to(time.device)
     period = min_period * (max_period / min_period) ** fraction
-    angle = (1.0 / period * 2 * math.pi)[None, :] * time[:, None]  # float64: the fastest has 250 periods in [0, 1]
+    angle = (1.0 / period * 2 * math.pi) * time[..., None]  # float64: the fastest has 250 periods in [0, 1]
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(torch.float32)
 
 
@@ -49,14 +49,16 @@ class ActionExpert(nn.Module):
         return keys
 
     def forward(self, actions: Tensor, time: Tensor, keys: KeyValues, pad: Tensor) -> Tensor:
-        """actions [B, T, A] at noise level time [B] (1 noise, 0 clean), keys from `prefix_keys`, pad bool [B, P].
+        """actions [B, T, A] at noise level time [B] or [B, T] (1 noise, 0 clean), keys from `prefix_keys`, pad bool
+        [B, P].
 
         Returns the velocity d actions / d time [B, T, A].
         """
         length = actions.shape[1]
         embedded = self.action_in(actions)
         when = time_embedding(time, self.config.width, self.config.min_period, self.config.max_period)
-        x = torch.cat([embedded, when[:, None, :].expand(-1, length, -1)], dim=-1)
+        when = when if time.ndim == 2 else when[:, None, :].expand(-1, length, -1)
+        x = torch.cat([embedded, when], dim=-1)
         x = self.time_out(F.silu(self.time_in(x)))
         order = torch.arange(length, device=actions.device)
         to_prefix = pad[:, None, :].expand(-1, length, -1)

@@ -14,8 +14,8 @@ def sample_time(count: int, generator: torch.Generator) -> Tensor:
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """actions, noise [B, T, A], time [B] -> (noisy actions, target velocity), both [B, T, A]."""
-    t = time[:, None, None]
+    """actions, noise [B, T, A], time [B] or [B, T] -> (noisy actions, target velocity), both [B, T, A]."""
+    t = time[:, None, None] if time.ndim == 1 else time[:, :, None]
     return t * noise + (1 - t) * actions, noise - actions
 
 

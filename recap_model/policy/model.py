@@ -87,7 +87,7 @@ class Policy(nn.Module):
         return Prefix(self.expert.prefix_keys(cache), pad)
 
     def velocity(self, actions: Tensor, time: Tensor, prefix: Prefix) -> Tensor:
-        """Normalised noisy actions [B, T, padded] at time [B] -> velocity [B, T, padded]."""
+        """Normalised noisy actions [B, T, padded] at time [B] or [B, T] -> velocity [B, T, padded]."""
         return self.expert(actions, time, prefix.keys, prefix.pad)
 
     def sample_actions(

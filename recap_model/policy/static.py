@@ -90,6 +90,7 @@ class StaticPolicy(nn.Module):
     rope: Tensor
     causal: Tensor
     time_bias: Tensor
+    clean_bias: Tensor
 
     def __init__(self, policy: Policy, options: GraphOptions) -> None:
         super().__init__()
@@ -123,13 +124,14 @@ class StaticPolicy(nn.Module):
     def _fold_time(self, policy: Policy) -> None:
         """silu(time_in([action_in(x), time])) = silu(M x + bias of the step): the times are known beforehand."""
         expert, config = policy.expert, policy.config.expert
-        times = torch.tensor(flow.times(self.config.denoise_steps), dtype=torch.float32)
+        times = torch.tensor((*flow.times(self.config.denoise_steps), 0.0), dtype=torch.float32)
         with torch.no_grad():
             when = time_embedding(times, config.width, config.min_period, config.max_period)
             of_action, of_time = expert.time_in.weight.split(config.width, dim=1)
             self.action_in = Dense(of_action @ expert.action_in.weight, None, torch.float32)
             bias = expert.time_in.bias + of_action @ expert.action_in.bias + when @ of_time.T
-        self.register_buffer("time_bias", bias)
+        self.register_buffer("time_bias", bias[:-1])
+        self.register_buffer("clean_bias", bias[-1])
 
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.options.inputs, inputs, strict=True))
@@ -164,14 +166,24 @@ class StaticPolicy(nn.Module):
         guidance: Tensor | None = None,
         time: Any = 1.0,
     ) -> Tensor:
-        """One Euler step. x, previous [B, T, padded]; time_bias [width]; beta, guidance [B]; weights [B, T]."""
+        """One Euler step. x, previous [B, T, padded]; time_bias [width]; beta, guidance [B]; weights [B, T].
+
+        A policy that was trained with delays is told the rows of weight 1 as they are, at noise level 0: the others
+        continue them. They come out unchanged.
+        """
+        held = None
+        if previous is not None and weights is not None and self.config.max_delay:
+            held = weights[:, :, None] >= 1.0
+            x = torch.where(held, previous, x)
+            time_bias = torch.where(held, self.clean_bias, time_bias)
         v = self.velocity(x, time_bias, prefix)
         if beta is not None:
             conditional, unconditional = v.unflatten(0, (2, -1)).unbind(0)
             v = combine(conditional, unconditional, beta[:, None, None])
         if previous is not None and weights is not None and guidance is not None:
             v = rtc.correct(v, x, time, previous, weights[:, :, None], guidance[:, None, None])
-        return x + v * (-1.0 / self.config.denoise_steps)
+        following = x + v * (-1.0 / self.config.denoise_steps)
+        return following if held is None or previous is None else torch.where(held, previous, following)
 
     def read(self, seen: Tensor, state: Tensor, tokens: Tensor, token_mask: Tensor) -> StaticPrefix:
         """seen [B, I, width]: image tokens with what surrounds them; the rest as for the graph."""
@@ -215,7 +227,8 @@ class StaticPolicy(nn.Module):
         return keys
 
     def velocity(self, x: Tensor, time_bias: Tensor, prefix: StaticPrefix) -> Tensor:
-        """Noisy actions [B, T, padded], what the noise level adds [width] -> velocity fp32; rows as in the prefix."""
+        """Noisy actions [B, T, padded], what the noise level adds [width] or [B, T, width] -> velocity fp32; rows as in
+        the prefix."""
         h = self.time_out(F.silu(self.action_in(x) + time_bias)).float()
         if self.options.guided:
             h = pair(h, h)

@@ -1,6 +1,7 @@
 """Number formats, real-time chunking and the operator audit of exported SmolVLA graphs, by the real runtime."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -22,12 +23,12 @@ from recap_model.spec import PolicySpec
 from training.checkpoint import write_checkpoint
 
 
-def save_smolvla(folder):
+def save_smolvla(folder, config=SMOLVLA):
     torch.manual_seed(0)
-    policy = Policy(SMOLVLA, STATS)
+    policy = Policy(config, STATS)
     weights = {k: v.detach() for k, v in policy.named_parameters()}
     with publish(folder) as tmp:
-        write_checkpoint(tmp, weights, SMOLVLA.to_json(), PolicySpec(ROBOT, 8, 16), TOKENIZER, STATS)
+        write_checkpoint(tmp, weights, config.to_json(), PolicySpec(ROBOT, 8, 16), TOKENIZER, STATS)
         write_manifest(tmp, "policy")
     return folder
 
@@ -63,14 +64,18 @@ def test_formats_hold_what_they_say_and_stay_close(checkpoint, tmp_path, precisi
         assert not list(folder.glob("fp32*"))
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_chunking_inputs_go_through_the_exported_graph(checkpoint, tmp_path, guided):
+@pytest.mark.parametrize("guided, max_delay", [(False, 0), (True, 5)])
+def test_chunking_inputs_go_through_the_exported_graph(checkpoint, tmp_path, guided, max_delay):
+    if max_delay:
+        checkpoint = save_smolvla(tmp_path / "with delays", replace(SMOLVLA, max_delay=max_delay))
     options = ["--rtc", "--batch-sizes", "2", *(["--guided"] if guided else [])]
     assert export([str(checkpoint), "--out", str(tmp_path), *options]) == 0
     graph = load_graphs(checkpoint, guided=guided, rtc=True)[-1]
     path, inputs = tmp_path / graph.name / "1" / "model.onnx", graph.example(2, 5)
     held = run(path, inputs, 2)
     assert np.abs(held - graph.run(inputs)["actions"]).max() < 1e-4
+    exact = inputs["prefix_weights"] == 1
+    assert (np.abs(held - inputs["previous"])[exact].max() < 1e-4) == bool(max_delay)
     off = {**inputs, **{n: np.zeros_like(inputs[n]) for n in ("previous", "prefix_weights", "guidance_weights")}}
     plain = load_graphs(checkpoint, guided=guided)[-1]
     free = plain.run({name: inputs[name] for name in plain.inputs})["actions"]

@@ -60,7 +60,7 @@ def test_json_round_trip(config):
 
 def test_a_config_from_before_a_field_existed_still_reads():
     old = replace(CONFIG, vision=ConvConfig(), image_tokens=None, frame=None, empty_cameras=0).to_json()
-    for key in ("frame", "image_tokens", "empty_cameras"):
+    for key in ("frame", "image_tokens", "empty_cameras", "max_delay"):
         del old[key]
     assert PolicyConfig.from_json(old).frame_size == (64, 64)
 
@@ -72,6 +72,7 @@ def test_a_config_from_before_a_field_existed_still_reads():
         ({"vision": {"kind": "resnet"}}, r"vision.kind: expected 'conv' or 'siglip', got 'resnet'"),
         ({"depth": 3}, r"unexpected keyword argument 'depth'"),
         ({"state_width": 4}, r"state_width: expected at least 6, the robot's own, got 4"),
+        ({"max_delay": 8}, r"max_delay: expected 0 to 7 actions of a chunk of 8, got 8"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
