@@ -20,7 +20,11 @@ _log = logging.getLogger(__name__)
 
 class ChunkSource:
     """One episode of one policy. At most one request is under way; its reply is never used after a stall of the control
-    clock (`pace`) that outlasted `deadline_s`. seed: of simulated delays. switches: every one so far, in order."""
+    clock (`pace`) that outlasted `deadline_s`. seed: of simulated delays. switches: every one so far, in order.
+
+    Chunks are laid on the actions that have run, and not on the control steps: while a robot without an action holds
+    (`held`), the scene waits for the chunk's first rows, which would otherwise be lost.
+    """
 
     def __init__(self, policy: Policy, spec: RobotSpec, settings: LoopSettings, pace: Pace, *, prompt: str,
                  deadline_s: float | None, seed: int) -> None:  # fmt: skip
@@ -30,14 +34,14 @@ class ChunkSource:
         self._queue: Queue = queue_for(settings.chunks, settings.execute)
         self._delays = DelayEstimate(1.0 / spec.control_hz)
         self._calls = self._caller(seed)
-        self._asked = 0
+        self._asked = self._asked_at = self._held = 0
         self._asked_lost = self._chunk_lost = 0.0
         self._unreported: Switch | None = None
         self._plain: str | None = None if settings.chunks == "rtc" else "not asked for"
 
     def wants(self, step: int) -> bool:
         """Is it time to ask, and free to?"""
-        due = self._stale(self._chunk_lost) or self._queue.wants_chunk(step, self._delays.expected)
+        due = self._stale(self._chunk_lost) or self._queue.wants_chunk(self._ran(step), self._delays.expected)
         return due and not self._calls.busy
 
     def ask(self, step: int, observation: Observation) -> None:
@@ -45,7 +49,7 @@ class ChunkSource:
         self._forget_stale()
         # decided here and not in the thread: the queue belongs to the control loop
         policy, options = self.policy, self._chaining(step)
-        self._asked, self._asked_lost = step, self.pace.lost_s
+        self._asked, self._asked_at, self._asked_lost = step, self._ran(step), self.pace.lost_s
         self._calls.start(step, lambda: policy.infer(observation, self.prompt, deadline_s=self.deadline_s, **options))
 
     def take(self, step: int) -> Chunk | None:
@@ -70,7 +74,11 @@ class ChunkSource:
 
     def at(self, step: int) -> Due | None:
         """The action of control step `step`, None when the robot is starved."""
-        return self._queue.at(step)
+        return self._queue.at(self._ran(step))
+
+    def held(self) -> None:
+        """In this control step the robot holds, and no action runs."""
+        self._held += 1
 
     @property
     def simulated(self) -> bool:
@@ -85,6 +93,10 @@ class ChunkSource:
         """Wait for a pending request (bounded by its deadline), drop its reply."""
         self._calls.close()
 
+    def _ran(self, step: int) -> int:
+        """Actions that have run before control step `step`, which is the current one."""
+        return step - self._held
+
     def _caller(self, seed: int) -> Caller[Chunk] | LateCaller[Chunk]:
         caller: Caller[Chunk] = Caller("act")
         if self.settings.delay is None:
@@ -93,19 +105,19 @@ class ChunkSource:
                           lambda chunk, lag_s: replace(chunk, latency_s=lag_s))  # fmt: skip
 
     def _reply(self, step: int) -> tuple[int, Chunk] | None:
-        worth = self._queue.at(step) is None or step - self._asked >= self._delays.typical
+        worth = self.at(step) is None or step - self._asked >= self._delays.typical
         if isinstance(self._calls, LateCaller):
             return self._calls.result(step, LATEST if worth else 0.0)
         patience = self.pace.patience(step)
         return self._calls.result(patience if worth or patience is None else 0.0)
 
-    def _put(self, step: int, at: int, chunk: Chunk) -> None:
-        old = self._queue.at(step)
-        self._queue.put(chunk.actions, at, chunk.seq)
-        new = self._queue.at(step)
-        self._delays.add(step - at, chunk.latency_s)
+    def _put(self, step: int, asked: int, chunk: Chunk) -> None:
+        old = self.at(step)
+        self._queue.put(chunk.actions, self._asked_at, chunk.seq)
+        new = self.at(step)
+        self._delays.add(step - asked, chunk.latency_s)
         if new is not None:
-            self._unreported = Switch(step - at, self._seam(old, new))
+            self._unreported = Switch(step - asked, self._seam(old, new))
             self.switches.append(self._unreported)
 
     def _seam(self, old: Due | None, new: Due) -> float | None:
@@ -120,11 +132,11 @@ class ChunkSource:
             self._switch_plainly("the model was exported without real-time chunking (`recap export --rtc`)")
         if able is None:
             return {}
-        previous = self._queue.rest(step) if self._plain is None else None
+        left = self._queue.rest(self._ran(step))
+        previous = left if self._plain is None else None
         if previous is not None and not np.isfinite(previous).all():
             previous = None
         switched, self._unreported = self._unreported, None
-        left = self._queue.rest(step)
         runs_out_s = (0 if left is None else len(left)) / self.spec.control_hz
         return {"chaining": Chaining(previous, self._delays.expected, self.settings.horizon, switched, runs_out_s)}
 

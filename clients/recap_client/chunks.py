@@ -1,7 +1,8 @@
-"""Which action is due now: chunks laid on the robot's control steps. Pure, no clock, no network.
+"""Which action is due now: chunks laid on the actions that a robot runs one after another. Pure, no clock, no network.
 
-Row i of a chunk belongs to the control step `step_of_observation + i`, so a reply that took two steps starts at its
-third row: what counts is the actions really consumed, never an estimate of the latency.
+A step here is a control step in which an action ran; one in which the robot held does not count. Row i of a chunk
+belongs to the step of its observation + i, so a reply in whose time two actions ran starts at its third row: what
+counts is the actions really consumed, never an estimate of the latency.
 """
 
 from dataclasses import dataclass
@@ -29,16 +30,16 @@ class Queue(Protocol):
         """Forget everything (start of an episode, takeover)."""
 
     def put(self, actions: NDArray[np.float32], step: int, number: int) -> None:
-        """Lay a chunk [H, A] whose observation was taken at control step `step`; an older one is dropped."""
+        """Lay a chunk [H, A] whose observation was taken at step `step`; an older one is dropped."""
 
     def wants_chunk(self, step: int, delay: int = 0) -> bool:
-        """Is it time to ask again, at control step `step`? delay: control steps that the reply is expected to take."""
+        """Is it time to ask again, at step `step`? delay: control steps that the reply is expected to take."""
 
     def at(self, step: int) -> Due | None:
-        """The action of control step `step`, None when the robot is starved."""
+        """The action of step `step`, None when the robot is starved."""
 
     def rest(self, step: int) -> NDArray[np.float32] | None:
-        """The newest chunk's rows from control step `step` on, [n, A]; None when there are none."""
+        """The newest chunk's rows from step `step` on, [n, A]; None when there are none."""
 
 
 class ChunkQueue:

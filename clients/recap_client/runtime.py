@@ -136,6 +136,8 @@ class _Loop:
             observation = self.robot.observe() if self._must_look(step) else None
             value = self._judge(step, observation)
             command, chunk = self._choose(step, observation)
+            if command is None and self.source is not None:
+                self.source.held()
             emergency.check()  # again: waiting for the services took time
             result = self._apply(command)
             self.safety.applied(result.action)
