@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.delay_proxy import DelayProxy
+from benchmarks.network_proxy import NetworkProxy
 from recap_client.chunks import STRATEGIES, Strategy
 from recap_client.delay import Delay
 from recap_client.episode import EpisodeResult, LoopSettings
@@ -64,7 +64,7 @@ def _run(arm: Arm, port: int, args: argparse.Namespace) -> list[EpisodeResult]:
     with contextlib.ExitStack() as stack:
         if args.realtime:
             slow = arm.delay or Delay(0.0)
-            proxy = DelayProxy(port, delay_s=slow.delay_s, jitter_s=slow.jitter_s, seed=args.seed, direction="down")
+            proxy = NetworkProxy(port, delay_s=slow.delay_s, jitter_s=slow.jitter_s, seed=args.seed, direction="down")
             port = stack.enter_context(proxy).port
         settings = FleetSettings(policy_url=f"ws://127.0.0.1:{port}/act", loop=loop)
         return run_fleet(jobs_for(args.tasks, args.episodes, args.seed), settings)

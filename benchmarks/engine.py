@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.page import append
+
 MARKER = "row: "
 ENGINES = ("lerobot", "torch", "torch-bf16", "onnxruntime", "onnxruntime-fp16", "onnxruntime-int8")
 
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     text = _table(rows, roofline.device, asdict(roofline))
     print(text)
     if args.append:
-        _append(Path(args.append), text)
+        append(Path(args.append), text)
     print(json.dumps({"hardware": roofline.device, "threads": threads, "roofline": asdict(roofline), "rows": rows}))
     return 0 if any("p50_ms" in row for row in rows) else 1
 
@@ -200,13 +202,6 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['roofline_share']:.0%} | {row['memory_mb']:,.0f} | {row['max_abs']:.1e} ({row['action_std']:.2f}) | "
         f"{row['cosine']:.6f} | {row.get('times_lerobot', '')} |"
     )
-
-
-def _append(path: Path, text: str) -> None:
-    """Newest first: below the file's introduction."""
-    old = path.read_text() if path.is_file() else "# Benchmarks\n\n"
-    head, _, rest = old.partition("\n## ")
-    path.write_text(head.rstrip() + "\n\n" + text + ("\n## " + rest if rest else ""))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Rows as a dated table, and the file that keeps it."""
+"""Rows as a dated table."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from benchmarks.serve.peers import PEERS
@@ -56,10 +55,3 @@ def _line(row: Row, rows: list[Row], rates: list[int], width: int) -> str:
         f"{what} {row['p50_ms']:.3f} | {row['p95_ms']:.3f} | {row['p99_ms']:.3f} | "
         f"{1000 * row['cpu_s_per_request']:.3f} |" + "".join(f" {held.get(hz, '')} |" for hz in rates)
     )
-
-
-def append(path: Path, text: str) -> None:
-    """Newest first: below the file's introduction."""
-    old = path.read_text() if path.is_file() else "# Benchmarks\n"
-    head, _, rest = old.partition("\n## ")
-    path.write_text(head.rstrip() + "\n\n" + text + ("\n## " + rest if rest else ""))

@@ -11,8 +11,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from benchmarks.network_proxy import NetworkProxy
 from fault_world import Outage, drive, marked_service
-from faulty_proxy import FaultyProxy
 from recap_client.wire import pack
 from service_harness import Served, eventually
 
@@ -26,25 +26,25 @@ def served(models: Path) -> Iterator[Served]:
 
 
 @pytest.fixture
-def proxy(served: Served) -> Iterator[FaultyProxy]:
-    with FaultyProxy(served.port) as between:
+def proxy(served: Served) -> Iterator[NetworkProxy]:
+    with NetworkProxy(served.port) as between:
         yield between
 
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
-def test_the_network_is_cut_for(seconds: float, proxy: FaultyProxy, served: Served, tmp_path: Path) -> None:
+def test_the_network_is_cut_for(seconds: float, proxy: NetworkProxy, served: Served, tmp_path: Path) -> None:
     driven = drive(proxy.url(), Outage(proxy.cut, proxy.mend, seconds=seconds), tmp_path / "e.mcap")
     assert driven.result.starved >= 4 and driven.reconnects == 1
     eventually(lambda: served.service.connections.count == 0)
 
 
-def test_a_half_open_connection(proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_a_half_open_connection(proxy: NetworkProxy, tmp_path: Path) -> None:
     """Nothing says that it is dead: no reset, no end. The deadline does, and the robot connects anew."""
     driven = drive(proxy.url(), Outage(proxy.freeze, lambda: None, held=1), tmp_path / "e.mcap")
     assert driven.reconnects >= 1 and proxy.accepted >= 2
 
 
-def test_a_thin_link(proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_a_thin_link(proxy: NetworkProxy, tmp_path: Path) -> None:
     """Replies trickle in too late to be of use; none of them is used, and when the link is good again they are."""
 
     def narrow(rate: float | None) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.network_proxy import NetworkProxy
 from fault_world import SPEC, marked_service
-from faulty_proxy import FaultyProxy
 from recap_client.session import ServiceUnavailable, Session
 from service_harness import Served, eventually
 
@@ -23,7 +23,7 @@ def _settled(service: Served) -> bool:
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_reconnects(times: int, models: Path) -> None:
-    with marked_service(models) as service, FaultyProxy(service.port) as proxy:
+    with marked_service(models) as service, NetworkProxy(service.port) as proxy:
         session = Session(proxy.url(), "policy", SPEC, backoff_s=(0.001, 0.01))
         before = (0, 0)
         try:

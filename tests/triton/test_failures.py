@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.network_proxy import NetworkProxy
 from engine_laws import batch
-from faulty_proxy import FaultyProxy
 from recap_client.spec import RobotSpec
 from repository_factory import build_repository
 from service_harness import NativeClient, act, eventually, fetch
@@ -106,7 +106,7 @@ def test_killed_under_load_by_eight_robots(own_server: Triton, way: str) -> None
     assert max(resumed) - back <= 5.0
 
 
-def through(proxy: FaultyProxy, scheme: str, options: str) -> str:
+def through(proxy: NetworkProxy, scheme: str, options: str) -> str:
     return f"{scheme}://127.0.0.1:{proxy.port}{options}"
 
 
@@ -119,7 +119,7 @@ def test_a_connection_that_carries_nothing_costs_no_more_than_the_deadline(
     models: Path, server: Triton, scheme: str
 ) -> None:
     with (
-        FaultyProxy(port(server, scheme)) as proxy,
+        NetworkProxy(port(server, scheme)) as proxy,
         policy_service(models, through(proxy, scheme, "?timeout=2")) as service,
         fleet(service, 4) as robots,
     ):
@@ -140,7 +140,7 @@ def test_a_silent_connection_and_no_deadline(models: Path, server: Triton, way: 
     """The address's own limit holds; the next requests go over another connection, and into another slot than the one
     that Triton may still write to."""
     scheme, _, options = way.partition(" ")
-    with FaultyProxy(port(server, scheme)) as proxy:
+    with NetworkProxy(port(server, scheme)) as proxy:
         engine = load_engine(models, "policy", f"triton@{through(proxy, scheme, '?timeout=0.5' + options)}")
         inputs = batch(engine, 1)
         right = engine.run(inputs)["actions"]

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.page import append
 from benchmarks.serve import peers, report
 from benchmarks.serve.engines import NullEngine, TinyEngine
 from benchmarks.serve.payloads import PAYLOADS
@@ -215,6 +216,6 @@ def test_a_row_that_could_not_be_had_says_so() -> None:
 
 def test_a_table_goes_on_top_of_the_older_ones(tmp_path: Path) -> None:
     page = tmp_path / "x.md"
-    report.append(page, "## one\n")
-    report.append(page, "## two\n")
+    append(page, "## one\n")
+    append(page, "## two\n")
     assert page.read_text() == "# Benchmarks\n\n## two\n\n## one\n"

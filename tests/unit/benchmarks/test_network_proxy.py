@@ -1,6 +1,7 @@
 """The proxy with a network's faults: bytes and their order survive everything but a reset."""
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.delay_proxy import DelayProxy
+from benchmarks.network_proxy import NetworkProxy
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def target() -> Iterator[int]:
         yield port
 
 
-def connect(proxy: DelayProxy) -> socket.socket:
+def connect(proxy: NetworkProxy) -> socket.socket:
     return socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
 
 
@@ -63,7 +64,7 @@ def receive(link: socket.socket, count: int) -> bytes:
 @settings(max_examples=10)
 @given(pieces=st.lists(st.binary(min_size=1, max_size=3000), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_jitter_changes_neither_bytes_nor_their_order(target, pieces, seed) -> None:
-    with DelayProxy(target, delay_s=0.002, jitter_s=0.002, seed=seed) as proxy, connect(proxy) as link:
+    with NetworkProxy(target, delay_s=0.002, jitter_s=0.002, seed=seed) as proxy, connect(proxy) as link:
         for piece in pieces:
             link.sendall(piece)
         link.shutdown(socket.SHUT_WR)
@@ -72,7 +73,7 @@ def test_jitter_changes_neither_bytes_nor_their_order(target, pieces, seed) -> N
 
 @pytest.mark.parametrize(("direction", "ways"), [("up", 1), ("down", 1), ("both", 2)])
 def test_a_round_trip_takes_at_least_the_delay_of_its_ways(target, direction, ways) -> None:
-    with DelayProxy(target, delay_s=0.06, jitter_s=0.01, direction=direction) as proxy, connect(proxy) as link:
+    with NetworkProxy(target, delay_s=0.06, jitter_s=0.01, direction=direction) as proxy, connect(proxy) as link:
         began = time.monotonic()
         link.sendall(b"x")
         assert receive(link, 1) == b"x"
@@ -81,16 +82,16 @@ def test_a_round_trip_takes_at_least_the_delay_of_its_ways(target, direction, wa
 
 def test_more_than_fits_on_the_way_is_held_back_and_arrives_whole(target) -> None:
     data = bytes(range(256)) * (20 << 10)  # 5 MiB, above the 4 that may be on the way
-    with DelayProxy(target, delay_s=0.01) as proxy, connect(proxy) as link:
+    with NetworkProxy(target, delay_s=0.01) as proxy, connect(proxy) as link:
         threading.Thread(target=link.sendall, args=(data,), daemon=True).start()
         assert receive(link, len(data)) == data
 
 
-def test_a_cut_is_silent_and_what_was_sent_arrives_after_it(target) -> None:
-    with DelayProxy(target) as proxy, connect(proxy) as link:
+def test_a_pause_is_silent_and_what_was_sent_arrives_after_it(target) -> None:
+    with NetworkProxy(target) as proxy, connect(proxy) as link:
         link.sendall(b"before")
         assert receive(link, 6) == b"before"
-        proxy.cut()
+        proxy.pause()
         link.sendall(b"during")
         with connect(proxy) as late:
             late.sendall(b"new")
@@ -99,12 +100,12 @@ def test_a_cut_is_silent_and_what_was_sent_arrives_after_it(target) -> None:
                 with pytest.raises(TimeoutError):
                     end.recv(1)
                 end.settimeout(20)
-            proxy.restore()
+            proxy.resume()
             assert receive(link, 6) == b"during" and receive(late, 3) == b"new"
 
 
 def test_a_drop_resets_every_connection_and_new_ones_are_served(target) -> None:
-    with DelayProxy(target) as proxy:
+    with NetworkProxy(target) as proxy:
         with connect(proxy) as link:
             link.sendall(b"x")
             receive(link, 1)
@@ -117,15 +118,73 @@ def test_a_drop_resets_every_connection_and_new_ones_are_served(target) -> None:
         assert proxy.accepted == 2
 
 
+def test_a_cut_resets_and_refuses_until_it_is_mended(target) -> None:
+    with NetworkProxy(target) as proxy:
+        with connect(proxy) as link:
+            link.sendall(b"x")
+            receive(link, 1)
+            proxy.cut()
+            with pytest.raises(ConnectionResetError):
+                receive(link, 1)
+        with pytest.raises(ConnectionRefusedError):
+            connect(proxy)
+        proxy.mend()
+        with connect(proxy) as again:
+            again.sendall(b"y")
+            assert receive(again, 1) == b"y"
+
+
+def test_what_is_frozen_stays_open_and_dead_and_new_connections_work(target) -> None:
+    with NetworkProxy(target) as proxy, connect(proxy) as link:
+        link.sendall(b"x")
+        receive(link, 1)
+        proxy.freeze()
+        link.sendall(b"lost")
+        with connect(proxy) as other:
+            other.sendall(b"y")
+            assert receive(other, 1) == b"y"
+        link.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            link.recv(1)
+        link.settimeout(20)
+        proxy.drop()
+        with pytest.raises(ConnectionResetError):
+            receive(link, 1)
+
+
+def test_a_thin_link_takes_its_time_and_loses_nothing(target) -> None:
+    data = bytes(range(256)) * 8
+    with NetworkProxy(target) as proxy, connect(proxy) as link:
+        proxy.down_bytes_s = 10_000.0
+        began = time.monotonic()
+        link.sendall(data)
+        assert receive(link, len(data)) == data
+        assert time.monotonic() - began >= 0.8 * len(data) / 10_000.0
+
+
+def test_a_side_that_leaves_takes_the_other_with_it() -> None:
+    """Also when nothing is read: a reset of the target must not wait for the client's next word."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        NetworkProxy(server.getsockname()[1]) as proxy,
+        connect(proxy) as link,
+    ):
+        there, _ = server.accept()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        there.close()
+        with suppress(ConnectionResetError):
+            assert link.recv(1) == b""
+
+
 def test_a_target_that_is_gone_ends_the_connection() -> None:
     with echo() as port:
         pass
-    with DelayProxy(port) as proxy, connect(proxy) as link, suppress(ConnectionResetError):
+    with NetworkProxy(port) as proxy, connect(proxy) as link, suppress(ConnectionResetError):
         assert link.recv(1) == b""
 
 
 def test_impossible_networks_are_refused(target) -> None:
     with pytest.raises(ValueError, match=r"expected seconds >= 0, got -0\.1 and 0\.0"):
-        DelayProxy(target, delay_s=-0.1)
+        NetworkProxy(target, delay_s=-0.1)
     with pytest.raises(ValueError, match="expected both, up or down, got 'left'"):
-        DelayProxy(target, direction="left")  # type: ignore[arg-type]
+        NetworkProxy(target, direction="left")  # type: ignore[arg-type]
