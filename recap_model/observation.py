@@ -40,32 +40,37 @@ def prepare_images(images: Mapping[str, Any], robot: RobotSpec) -> NDArray[np.ui
     """Check and stack camera frames in spec order: uint8 [cameras, H, W, 3]. Extra cameras are ignored."""
     frames = []
     for camera in robot.cameras:
-        field = f"images[{camera.name}]"
         frame = images.get(camera.name)
-        want = f"uint8 [{camera.height}, {camera.width}, 3]"
-        if frame is None:
-            raise ObservationError(field, want, f"no such camera among {sorted(images)}")
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
-            raise ObservationError(field, want, f"{getattr(frame, 'dtype', type(frame).__name__)}")
-        if frame.shape != (camera.height, camera.width, 3):
-            raise ObservationError(field, want, f"uint8 {list(frame.shape)}")
-        frames.append(frame)
-    return np.stack(frames)
+        shape = camera.height, camera.width, 3
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape != shape:
+            got = f"no such camera among {sorted(images)}" if frame is None else _kind(frame)
+            raise ObservationError(f"images[{camera.name}]", f"uint8 {list(shape)}", got)
+        frames.append(frame[None])
+    return np.concatenate(frames)
+
+
+def _kind(frame: Any) -> str:
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
+        return f"{getattr(frame, 'dtype', type(frame).__name__)}"
+    return f"uint8 {list(frame.shape)}"
 
 
 def prepare_state(state: Any, robot: RobotSpec) -> NDArray[np.float32]:
     """Check the state vector: float32 [S], finite."""
-    want = f"{len(robot.state)} finite numbers ({', '.join(dim.name for dim in robot.state)})"
     try:
         vector = np.asarray(state, np.float32)
     except (TypeError, ValueError) as error:
-        raise ObservationError("state", want, type(state).__name__) from error
+        raise ObservationError("state", _wanted(robot), type(state).__name__) from error
     if vector.shape != (len(robot.state),):
-        raise ObservationError("state", want, f"shape {list(vector.shape)}")
+        raise ObservationError("state", _wanted(robot), f"shape {list(vector.shape)}")
     if not np.isfinite(vector).all():
         bad = [dim.name for dim, value in zip(robot.state, vector, strict=True) if not np.isfinite(value)]
-        raise ObservationError("state", want, f"NaN or infinity in {', '.join(bad)}")
+        raise ObservationError("state", _wanted(robot), f"NaN or infinity in {', '.join(bad)}")
     return vector
+
+
+def _wanted(robot: RobotSpec) -> str:
+    return f"{len(robot.state)} finite numbers ({', '.join(dim.name for dim in robot.state)})"
 
 
 def prepare(images: Mapping[str, Any], state: Any, prompt: str, robot: RobotSpec, tokenizer: Tokenize) -> ModelInputs:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recap_client.spec import RobotSpec, SpecError
+from recap_client.spec import RobotSpec, SpecError, finite, text, whole
 from recap_model.conditioning import with_names
 
 
@@ -60,7 +60,7 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_json(data: dict[str, Any]) -> Spec:
-    """Inverse of `spec_to_json`. Raises SpecError on an unknown kind or wrong fields."""
+    """Inverse of `spec_to_json`. Raises SpecError on an unknown kind, and names the field that is wrong."""
     if not isinstance(data, dict):
         raise SpecError(f"spec: expected a map, got {type(data).__name__}")
     fields = dict(data)
@@ -70,9 +70,29 @@ def spec_from_json(data: dict[str, Any]) -> Spec:
         raise SpecError(f"spec.kind: expected one of {sorted(types)}, got {kind!r}")
     fields["robot"] = RobotSpec.from_json(fields.get("robot", {}))
     try:
-        return types[kind](**fields)
+        spec = types[kind](**fields)
     except TypeError as error:
         raise SpecError(f"{kind} spec: {error}") from error
+    _check_types(spec)
+    return spec
+
+
+def _check_types(spec: Spec) -> None:
+    text(spec.family, "spec.family")
+    whole(spec.max_tokens, "spec.max_tokens")
+    if isinstance(spec, PolicySpec):
+        whole(spec.chunk, "spec.chunk")
+        if type(spec.names_in_prompt) is not bool:
+            raise SpecError(f"spec.names_in_prompt: expected true or false, got {spec.names_in_prompt!r:.80}")
+        return
+    whole(spec.bins, "spec.bins", 2)
+    if not finite(spec.value_low, "spec.value_low") < finite(spec.value_high, "spec.value_high"):
+        raise SpecError(f"spec.value_low: expected less than value_high, got {spec.value_low} and {spec.value_high}")
+    if not isinstance(spec.t_max, dict):
+        raise SpecError(f"spec.t_max: expected a map of tasks to control steps, got {spec.t_max!r:.80}")
+    for task, steps in spec.t_max.items():
+        if not finite(steps, f"spec.t_max[{text(task, 'spec.t_max')[:80]}]") > 0:
+            raise SpecError(f"spec.t_max[{task[:80]}]: expected control steps above 0, got {steps}")
 
 
 def read_spec(path: Path) -> Spec:

@@ -12,9 +12,11 @@ console = Console(stderr=True, highlight=False)
 
 
 def access(args: ServeArgs) -> Access:
-    """Keys and quotas. Raises ValueError for a quota that means nothing."""
+    """Keys, quotas and connections. Raises ValueError for a bound that means nothing."""
     quota = Quota(args.rate, None, args.bytes_per_s, args.in_flight, args.sessions)
-    return Access(args.keys, quota, args.max_sessions)
+    return Access(
+        args.keys, quota, args.max_sessions, args.address_connections, args.max_connections, args.request_timeout
+    )
 
 
 def tls(args: ServeArgs) -> Tls | None:

@@ -117,11 +117,19 @@ def _words(error: urllib.error.HTTPError) -> str:
         return f"{error.code}: expected the answer of a policy service, got another"
 
 
+def _hint(listing: dict[str, Any]) -> None:
+    """What a restart would undo."""
+    live, versions = str(listing["live"]["version"]), listing.get("versions", [])
+    if versions and live != str(versions[-1]):
+        print(f"a restart serves version {versions[-1]}, unless `recap serve` has --model-version {live}")
+
+
 def _show(listing: dict[str, Any]) -> int:
     for part in ("live", "previous", "canary", "shadow"):
         model = listing.get(part)
         extra = "".join(f"  {name} {model[name]}" for name in ("share", "every") if model and name in model)
         print(f"{part:<9} {'-' if model is None else '{name} {version}  {hash:.12}'.format(**model)}{extra}")
     print(f"versions  {', '.join(map(str, listing.get('versions', [])))}")
+    _hint(listing)
     print(json.dumps(listing))
     return 0

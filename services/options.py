@@ -17,6 +17,8 @@ class ServeArgs:
     """Which service; `all` runs both, each in a process of its own, and forwards what the policy sees to the critic."""
     models: Path
     """Model repository, as `recap export` writes it."""
+    model_version: int | None = None
+    """Version of the policy to start with, the highest by default. Name one, or a restart undoes a rollback."""
     policy_port: int = 8000
     critic_port: int = 8001
     lerobot_port: int | None = None
@@ -33,6 +35,12 @@ class ServeArgs:
     """Its key (PEM, without a password)."""
     max_sessions: int = 512
     """Sessions of all callers together."""
+    address_connections: int | None = None
+    """Open connections of one address to the HTTP port; by default 64 more than `--max-sessions`."""
+    max_connections: int | None = None
+    """The same of all addresses; by default twice that."""
+    request_timeout: float = 10.0
+    """Seconds in which a peer must send the head of a request, and again its body. Open websockets may be silent."""
     rate: float | None = None
     """Requests a second of one caller: a key that has no limits of its own, or an address where no key is asked."""
     bytes_per_s: float | None = None

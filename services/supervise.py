@@ -75,7 +75,8 @@ def _policy_app(args: ServeArgs) -> Any:
     from services.policy.app import create_app
     from services.policy.pipeline import load_policy_engine
 
-    engine = load_policy_engine(args.models, args.beta, _engine(args), args.engine_threads)
+    kind, threads, version = _engine(args), args.engine_threads, args.model_version
+    engine = load_policy_engine(args.models, args.beta, kind, threads, version)
     engine.warm_up()
     settings = PolicySettings(
         args.beta,
@@ -90,7 +91,7 @@ def _policy_app(args: ServeArgs) -> Any:
         access(args),
         tls(args),
         critic_tls(args),
-        source=ModelSource(args.models, _engine(args), args.engine_threads, admin_key_from(), args.audit),
+        source=ModelSource(args.models, kind, threads, admin_key_from(), args.audit, version),
         record=_recording(args),
     )
     return create_app(engine, settings)
@@ -128,7 +129,7 @@ def _check_pair(args: ServeArgs) -> None:
     """The critic must read what the policy reads."""
     from services.common.repository import open_model
 
-    policy = open_model(args.models, "policy" if args.beta == 1.0 else "policy_guided")
+    policy = open_model(args.models, "policy" if args.beta == 1.0 else "policy_guided", args.model_version)
     critic = open_model(args.models, "critic")
     require_equal(policy.spec.robot, critic.spec.robot, what=f"{args.models}: critic beside policy")
 

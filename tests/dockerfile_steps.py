@@ -98,8 +98,16 @@ def moved(text: str, root: Path) -> str:
     return _OURS.sub(lambda match: f"{root}/{match[1]}", text)
 
 
-def script(stages: Sequence[Stage], context: Path, root: Path, kept: Path) -> str:
-    """Bash that builds the last stage in `root`. kept: where finished earlier stages are moved to.
+def script(
+    stages: Sequence[Stage],
+    context: Path,
+    root: Path,
+    kept: Path,
+    arguments: Mapping[str, str] | None = None,
+    instead: Mapping[str, Path] | None = None,
+) -> str:
+    """Bash that builds the last stage in `root`. kept: where finished earlier stages are moved to. arguments: of the
+    build, in place of an ARG's default. instead: what stands for a source of the context.
 
     Every stage is built at the same place, so that programs of an environment that is copied from one stage to the next
     find their interpreter, and what a stage forgot to copy is not there.
@@ -110,12 +118,14 @@ def script(stages: Sequence[Stage], context: Path, root: Path, kept: Path) -> st
         lines += [f"rm -rf {root}", f"mkdir -p {root}", f"cd {root}"]
         for step in stage.steps:
             if step.word == "ARG":
-                lines.append(f"export {step.text}")
+                name = step.text.partition("=")[0]
+                given = (arguments or {}).get(name)
+                lines.append(f"export {step.text}" if given is None else f"export {name}={shlex.quote(given)}")
             elif step.word == "WORKDIR":
                 here = moved(step.text, root)
                 lines.append(f"mkdir -p {here} && cd {here}")
             elif step.word == "COPY":
-                lines += _copied(_copy(step.text), context, root, kept, here)
+                lines += _copied(_copy(step.text), context, root, kept, here, instead or {})
             elif step.word == "RUN" and not step.text.startswith("apt-get"):
                 lines.append(f"( {moved(step.text, root)} )")
         if number < len(stages) - 1:
@@ -123,12 +133,12 @@ def script(stages: Sequence[Stage], context: Path, root: Path, kept: Path) -> st
     return "\n".join(lines) + "\n"
 
 
-def _copied(copy: Copy, context: Path, root: Path, kept: Path, here: str) -> list[str]:
+def _copied(copy: Copy, context: Path, root: Path, kept: Path, here: str, instead: Mapping[str, Path]) -> list[str]:
     target = moved(copy.target, root) if copy.target.startswith("/") else f"{here}/{copy.target}"
     into = copy.target.endswith("/")
     lines = [f"mkdir -p {target if into else Path(target).parent}"]
     for source in copy.sources:
-        place = context / source if copy.origin is None else kept / copy.origin / source.lstrip("/")
+        place = kept / copy.origin / source.lstrip("/") if copy.origin else instead.get(source, context / source)
         if place.is_dir() or copy.origin is not None:  # of a folder, its content is copied
             lines.append(f"mkdir -p {target} && cp -a {place}/. {target}/")
         else:

@@ -83,6 +83,7 @@ def describes_itself(engine: Engine, other: Engine) -> None:
         assert getattr(engine, name) == getattr(other, name), name
     assert set(engine.input_names) == set(other.input_names)
     engine.warm_up()
+    assert tuple(engine.run_times) == engine.batch_sizes and min(engine.run_times.values()) > 0
 
 
 LAWS = (answers_as_computed_by_hand, company_changes_nothing, wrong_inputs_are_named)

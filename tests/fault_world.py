@@ -198,12 +198,14 @@ def check_resumed(driven: Driven, script: Outage) -> None:
 
 
 def check_fresh(driven: Driven) -> None:
-    """Every executed action is the row, for its very step, of a chunk that answers an observation of this episode."""
+    """Every executed action is the row of its turn, of a chunk that answers an observation of this episode: as many
+    actions have run since that observation as there are rows before it."""
     rollout = driven.rollout
     steps = np.flatnonzero(rollout.chunk >= 0)
     marks = rollout.proposed[steps]
     seen, row = np.rint(marks[:, 0] * LIMIT).astype(int), np.rint(marks[:, 1] * 100).astype(int)
-    np.testing.assert_array_equal(seen + row, steps, "an action was executed at another step than it was meant for")
+    ran = np.concatenate([[0], np.cumsum(rollout.chunk >= 0)])
+    np.testing.assert_array_equal(row, ran[steps] - ran[seen], "an action was executed out of its turn")
     assert (np.rint(marks[:, 2] * 100) == driven.robot.episode).all(), "an action of another episode was executed"
     age = rollout.t[steps] - rollout.t[seen]
     allowed = CHUNK / SPEC.control_hz + driven.deadline_s + 1.0  # the last: how late this machine may wake the loop

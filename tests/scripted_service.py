@@ -1,7 +1,7 @@
 """A real websocket server speaking recap.v1 that misbehaves on request, for tests of the robot side.
 
 `script(n)` names what happens to the n-th act/observe message since the server started: "" answer, "late:SECONDS",
-"drop", "error:CODE", "nan", "garbage", "wrong_seq", "text", "shape".
+"drop", "error:CODE", "nan", "garbage", "wrong_seq", "text", "shape", "model:VERSION" (another than the welcome's).
 """
 
 import threading
@@ -92,6 +92,8 @@ class ScriptedService:
                      "expected": "4 numbers", "got": "3"}  # fmt: skip
         elif what == "wrong_seq":
             reply["seq"] += 1
+        elif what == "model":
+            reply["model"] = {"name": "scripted", "version": detail, "hash": detail * 64}
         elif what == "nan":
             reply["actions"] = np.full_like(reply["actions"], np.nan)
         elif what == "shape":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_client import verdict
 from recap_client.chunks import STRATEGIES
 from recap_client.delay import Delay
 from recap_client.emergency import EmergencyStop, EmergencyStopped, armed, file_source, keyboard, signals
@@ -25,19 +26,20 @@ from recap_client.robots.base import Observation, RobotError
 from recap_client.rollout import RolloutError
 from recap_client.runtime import EpisodeResult, LoopSettings
 from recap_client.safety import MaxChange
-from recap_client.session import PROXY_VARIABLE, ServiceError, served_spec
+from recap_client.session import ServiceError, served_spec
 from recap_client.spec import SpecError
-from recap_client.tls import CA_VARIABLE
+from recap_client.tracing import TracingError
 
-KNOWN_ERRORS = (EmergencyStopped, FleetError, RecordError, RobotError, RolloutError, ServiceError, SpecError)
+KNOWN_ERRORS = (EmergencyStopped, FleetError, RecordError, RobotError, RolloutError, ServiceError, SpecError,
+                TracingError)  # fmt: skip
+
+_VERDICTS = "s = success, f = failure, d = discard (its recording is set aside)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 1 when a recording is not whole, 2 for a known error, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if getattr(arguments, "tls_ca", None):
-        os.environ[CA_VARIABLE] = str(arguments.tls_ca)  # worker processes look there too
     try:
         return int(arguments.command(arguments))
     except KNOWN_ERRORS as error:
@@ -57,15 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
         image_format=arguments.images, chunks=arguments.chunks, horizon=arguments.horizon, delay=late,
     )  # fmt: skip
     settings = FleetSettings(arguments.robot, json.loads(arguments.robot_options), arguments.url, arguments.value_url,
-                             arguments.style, rule, arguments.record, loop, _headers(arguments.api_key))  # fmt: skip
+                             arguments.style, rule, arguments.record, loop, _headers(arguments.api_key),
+                             tls_ca=arguments.tls_ca, proxy=arguments.proxy)  # fmt: skip
     jobs = [Job(task, arguments.seed + n) for n in range(arguments.episodes) for task in arguments.task]
-    if arguments.proxy:
-        os.environ[PROXY_VARIABLE] = arguments.proxy
     with _emergency_stop(arguments.stop_file) as stop:
         results = run_fleet(jobs, settings, on_result=lambda result, resumed: _told(stop, result, resumed))
     latency = np.concatenate([result.act_latency_s for result in results]) if results else np.zeros(0)
+    kept = [bool(result.success) for result in results if result.reason != "discarded"]
     print(json.dumps({
-        "episodes": len(results), "success_rate": float(np.mean([bool(result.success) for result in results])),
+        "episodes": len(kept), "success_rate": float(np.mean(kept)) if kept else None,
+        "discarded": len(results) - len(kept),
         "steps": sum(result.steps for result in results), **_percentiles("act", latency),
         "deadline_misses": sum(result.missed_deadlines for result in results),
         "chunks": arguments.chunks, **_switches(results),
@@ -75,9 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Latency of a policy service as the robot sees it; JSON as the last line."""
-    spec = served_spec(arguments.url, _headers(arguments.api_key))
-    policy = RemotePolicy(arguments.url, spec, robot="bench", jpeg_quality=arguments.jpeg,
-                          headers=_headers(arguments.api_key))  # fmt: skip
+    headers, tls_ca, proxy = _headers(arguments.api_key), arguments.tls_ca, arguments.proxy
+    spec = served_spec(arguments.url, headers, proxy=proxy, tls_ca=tls_ca)
+    policy = RemotePolicy(arguments.url, spec, robot="bench", jpeg_quality=arguments.jpeg, headers=headers, proxy=proxy,
+                          tls_ca=tls_ca)  # fmt: skip
     rng = np.random.default_rng(0)
     images = {c.name: rng.integers(0, 256, (c.height, c.width, 3), dtype=np.uint8) for c in spec.cameras}
     prompt = spec.tasks[0] if spec.tasks else "bench"
@@ -98,9 +102,8 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def spec(arguments: argparse.Namespace) -> int:
     """Print the robot spec of a service as JSON: names, units, limits, cameras, rate."""
-    if arguments.proxy:
-        os.environ[PROXY_VARIABLE] = arguments.proxy
-    print(json.dumps(served_spec(arguments.url, _headers(arguments.api_key)).to_json(), indent=1))
+    served = served_spec(arguments.url, _headers(arguments.api_key), proxy=arguments.proxy, tls_ca=arguments.tls_ca)
+    print(json.dumps(served.to_json(), indent=1))
     return 0
 
 
@@ -108,12 +111,20 @@ def spec(arguments: argparse.Namespace) -> int:
 def _emergency_stop(path: Path | None) -> Iterator[EmergencyStop]:
     """Armed, and pressed by a key, by SIGUSR1 or by a file."""
     stop = EmergencyStop(file_source(path) if path else None)
-    with armed(stop), signals(stop), keyboard(stop) as keys:
+    with armed(stop), signals(stop), keyboard(stop, _judge) as keys:
         ways = ["Space or Enter"] if keys else []
         ways += [f"kill -USR1 {os.getpid()}"] if sys.platform != "win32" else []
         ways += [f"the file {path}"] if path else []
         print(f"emergency stop: {', '.join(ways)}", file=sys.stderr)
+        if keys:
+            print(f"end the episode: {_VERDICTS}", file=sys.stderr)
         yield stop
+
+
+def _judge(key: str) -> None:
+    reason = verdict.KEYS.get(key.lower())
+    if reason is not None:
+        verdict.say(reason)
 
 
 def _told(stop: EmergencyStop, result: EpisodeResult, resumed: bool) -> None:
@@ -168,6 +179,8 @@ def _delay(delay_ms: float, jitter_ms: float, realtime: bool) -> Delay | None:
 
 def _print_result(result: EpisodeResult, resumed: bool) -> None:
     outcome = {True: "success", False: "failed ", None: "stopped"}[result.success]
+    if result.reason == "discarded":
+        outcome = "discarded, the same command asks for it again,"
     notes = [f"{result.missed_deadlines} deadlines missed"] if result.missed_deadlines else []
     notes += [f"operator {result.intervened} steps"] if result.intervened else []
     notes += ["already recorded"] if resumed else []
@@ -184,7 +197,8 @@ def _headers(api_key: str | None) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("recap-client", description="Robot side of the RECAP stack.")
     commands = parser.add_subparsers(required=True, metavar="run|replay|bench|spec")
-    add = commands.add_parser("run", help="run episodes on a robot against a policy service, and record them")
+    add = commands.add_parser("run", help="run episodes on a robot against a policy service, and record them",
+                              epilog=f"Keys while an episode runs: Space or Enter = stop, {_VERDICTS}.")  # fmt: skip
     add.add_argument("--robot", default="metaworld", help="name, lerobot:TYPE, or package.module:Class")
     add.add_argument("--robot-options", default="{}", metavar="JSON", help="keyword arguments of the robot")
     add.add_argument("--task", nargs="+", required=True, help="task names or prompts of the robot")
@@ -220,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--jpeg", type=int, metavar="QUALITY", help="send JPEG instead of raw frames")
     add.add_argument("--api-key", help="default: RECAP_API_KEY of the environment, which others cannot see")
     add.add_argument("--tls-ca", type=Path, metavar="FILE", help="CA of services at wss:// (else the system's)")
+    add.add_argument("--proxy", metavar="URL", help="HTTP proxy to the service")
     add.set_defaults(command=bench)
     add = commands.add_parser("spec", help="the robot that a service was made for, as JSON")
     add.add_argument("--url", required=True)

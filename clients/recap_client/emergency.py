@@ -131,8 +131,9 @@ def signals(stop: EmergencyStop) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keyboard(stop: EmergencyStop) -> Iterator[bool]:
-    """Within the block Space and Enter on the terminal stop, `r` resets. Yields whether there is a terminal to read."""
+def keyboard(stop: EmergencyStop, others: Callable[[str], object] = lambda _: None) -> Iterator[bool]:
+    """Within the block Space and Enter on the terminal stop, `r` resets. others: called with every other key, from a
+    thread; it must not raise. Yields whether there is a terminal to read."""
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         yield False
         return
@@ -145,7 +146,8 @@ def keyboard(stop: EmergencyStop) -> Iterator[bool]:
         return
     before = termios.tcgetattr(terminal)
     ended = threading.Event()
-    reader = threading.Thread(target=_read_keys, args=(terminal, stop, ended), name="emergency keys", daemon=True)
+    arguments = (terminal, stop, others, ended)
+    reader = threading.Thread(target=_read_keys, args=arguments, name="emergency keys", daemon=True)
     try:
         tty.setcbreak(terminal)  # keys at once, Ctrl-C as ever
         reader.start()
@@ -156,7 +158,7 @@ def keyboard(stop: EmergencyStop) -> Iterator[bool]:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
-def _read_keys(terminal: int, stop: EmergencyStop, ended: threading.Event) -> None:
+def _read_keys(terminal: int, stop: EmergencyStop, others: Callable[[str], object], ended: threading.Event) -> None:
     while not ended.is_set():
         ready, _, _ = select.select([terminal], [], [], POLL_S)
         try:
@@ -170,3 +172,6 @@ def _read_keys(terminal: int, stop: EmergencyStop, ended: threading.Event) -> No
             stop.trigger("key pressed")
         elif any(key in RESET_KEYS for key in keys):
             stop.reset()
+        for key in keys:
+            if key not in STOP_KEYS + RESET_KEYS:
+                others(key)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,8 @@ from recap_client.value import RemoteCritic
 
 ATTEMPTS = 3
 OUTAGE_S = 30.0
+_FINAL = ("operator", "stopped", "failure", "discarded")
+"""Reasons that an operator has given, starved or not."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class FleetSettings:
     policy_url: None = demonstrations by the robot's teleoperator in `style`. local: instead of a service, a policy in
     the worker's own process: "package.module:Class" and what it is made with beside the robot's spec.
     value_url: critic; with `takeover`, the operator (style `clean`) takes over by that rule. record: folder of the
-    `.mcap` files, None = none.
+    `.mcap` files, None = none. tls_ca, proxy: of the connections to the services, see `Session`.
     """
 
     robot: str = "metaworld"
@@ -67,6 +69,8 @@ class FleetSettings:
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(realtime=False))
     headers: Mapping[str, str] = field(default_factory=dict)
     local: tuple[str, Mapping[str, Any]] | None = None
+    tls_ca: Path | None = None
+    proxy: str | None = None
 
     def __post_init__(self) -> None:
         if self.policy_url and self.local:
@@ -111,16 +115,17 @@ class Worker:
     def __init__(self, settings: FleetSettings, number: int = 0) -> None:
         self.settings = settings
         self.robot = open_robot(settings.robot, settings.robot_options)
-        spec, name, headers = self.robot.spec, f"{settings.robot.rpartition(':')[2]}-{number}", settings.headers
+        spec, name = self.robot.spec, f"{settings.robot.rpartition(':')[2]}-{number}"
+        link: dict[str, Any] = {"headers": settings.headers, "tls_ca": settings.tls_ca, "proxy": settings.proxy}
         self.policy: Policy | None = None
         self.critic: RemoteCritic | None = None
         if settings.local:
             self.policy = _local_policy(spec, *settings.local)
         if settings.policy_url:
             own_critic = settings.value_url is not None
-            self.policy = RemotePolicy(settings.policy_url, spec, robot=name, forward=not own_critic, headers=headers)
+            self.policy = RemotePolicy(settings.policy_url, spec, robot=name, forward=not own_critic, **link)
         if settings.value_url:
-            self.critic = RemoteCritic(settings.value_url, spec, robot=name, headers=headers)
+            self.critic = RemoteCritic(settings.value_url, spec, robot=name, **link)
 
     def run(self, job: Job) -> EpisodeResult:
         """Run a job, again if a service was away meanwhile. Raises FleetError after three such attempts."""
@@ -132,8 +137,8 @@ class Worker:
                 problem = str(error)
             else:
                 loop = self.settings.loop
-                if loop.realtime or loop.delay or not result.starved or result.reason in ("operator", "stopped"):
-                    return result
+                if loop.realtime or loop.delay or not result.starved or result.reason in _FINAL:
+                    return _set_aside(result)
                 problem = f"no action for {result.starved} of {result.steps} control steps"
                 if result.recording:
                     Path(result.recording).unlink(missing_ok=True)
@@ -178,6 +183,15 @@ def _local_policy(spec: RobotSpec, target: str, options: Mapping[str, Any]) -> P
 
 def _path(job: Job, settings: FleetSettings) -> Path | None:
     return settings.record / f"{job.name}.mcap" if settings.record else None
+
+
+def _set_aside(result: EpisodeResult) -> EpisodeResult:
+    """A recording that the operator has discarded is kept under another name: neither a later run nor `recap ingest`
+    takes it for an episode."""
+    if result.reason != "discarded" or result.recording is None or not Path(result.recording).exists():
+        return result
+    aside = Path(result.recording).replace(result.recording + ".discarded")
+    return replace(result, recording=str(aside))
 
 
 def _recorded(job: Job, settings: FleetSettings) -> EpisodeResult | None:

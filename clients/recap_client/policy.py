@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from recap_client.robots.base import Observation
 from recap_client.rtc import Chaining
 from recap_client.session import ProtocolError, Session
 from recap_client.spec import RobotSpec
+from recap_client.tracing import Tracing, process_tracing
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Chunk:
 
     actions: float32 [H, A] in the units of the spec, the first meant for the moment `t_obs` (monotonic [s]) of the
     observation; latency_s: request to reply as seen by the robot; timing: the service's own, milliseconds by stage.
+    model: name, version and hash of the model that gave it; None when not told.
     """
 
     actions: NDArray[np.float32]
@@ -27,6 +31,7 @@ class Chunk:
     t_obs: float
     latency_s: float
     timing: Mapping[str, float] = field(default_factory=dict)
+    model: Mapping[str, str] | None = None
 
 
 class RemotePolicy:
@@ -34,13 +39,16 @@ class RemotePolicy:
 
     Refuses a service whose spec differs from the robot's (SpecError). jpeg_quality: send JPEG instead of raw frames
     (lossy; for thin links). forward=False: the service does not show this robot's frames to the critic, because the
-    robot does it itself (`RemoteCritic`). Errors of calls: see `Session.call`.
+    robot does it itself (`RemoteCritic`). tracing: of its requests; None = that of the process, if the environment asks
+    for one (TracingError where it cannot be made). proxy, tls_ca: see `Session`. Errors of calls: see `Session.call`.
     """
 
     def __init__(self, url: str, spec: RobotSpec, *, robot: str = "robot", jpeg_quality: int | None = None,
-                 forward: bool = True, timeout_s: float = 5.0,
-                 headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
-        self.session = Session(url, "policy", spec, timeout_s=timeout_s, headers=headers)
+                 forward: bool = True, timeout_s: float = 5.0, headers: Mapping[str, str] | None = None,
+                 tracing: Tracing | None = None, proxy: str | None = None,
+                 tls_ca: Path | str | None = None) -> None:  # fmt: skip
+        self._tracing = tracing or process_tracing("recap-client")
+        self.session = Session(url, "policy", spec, timeout_s=timeout_s, headers=headers, proxy=proxy, tls_ca=tls_ca)
         self.spec, self.robot, self.forward = spec, robot, forward
         self._jpeg_quality = jpeg_quality
         self._seq = 0
@@ -48,8 +56,8 @@ class RemotePolicy:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """name, version and hash of the model that is served."""
-        return {key: str(value) for key, value in self.session.welcome.model.items()}
+        """name, version and hash of the model that was served when the connection began."""
+        return _identity(self.session.welcome.model)
 
     @property
     def rtc(self) -> bool:
@@ -79,9 +87,10 @@ class RemotePolicy:
             message |= _chaining_fields(chaining)
         if deadline_s is not None:
             message["deadline_ms"] = deadline_s * 900  # the refusal must be here before we hang up
-        began = time.monotonic()
-        reply = self.session.call(message, deadline_s=deadline_s)
-        latency = time.monotonic() - began
+        with nullcontext() if self._tracing is None else self._tracing.request(message):
+            began = time.monotonic()
+            reply = self.session.call(message, deadline_s=deadline_s)
+            latency = time.monotonic() - began
         actions = reply.get("actions")
         width = len(self.spec.action)
         if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != width or not len(actions):
@@ -89,9 +98,12 @@ class RemotePolicy:
             raise ProtocolError(f"{self.session.url}: actions: expected a float32 array [H, {width}], got {got}")
         try:
             timing = {k: float(v) for k, v in dict(reply.get("server_timing", {})).items()}
-            return Chunk(np.asarray(actions, np.float32), seq, observation.t, latency, timing)
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(f"{self.session.url}: actions, server_timing: expected numbers: {error}") from error
+            model = _identity(reply.get("model", self.session.welcome.model))
+            return Chunk(np.asarray(actions, np.float32), seq, observation.t, latency, timing, model)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                f"{self.session.url}: actions, server_timing: expected numbers, and a map as model: {error}"
+            ) from error
 
     def outcome(self, success: bool) -> None:
         """Tell the service how the episode ended."""
@@ -109,6 +121,10 @@ class RemotePolicy:
 
     def close(self) -> None:
         self.session.close()
+
+
+def _identity(model: Mapping[str, object]) -> dict[str, str]:
+    return {key: str(value) for key, value in model.items()}
 
 
 def _chaining_fields(chaining: Chaining) -> dict[str, object]:

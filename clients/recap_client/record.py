@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class EpisodeInfo:
     """What is known when an episode starts.
 
-    task: the prompt; task_name: the robot's own name of it. policy: name, version, hash of what acts, None for
+    task: the prompt; task_name: the robot's own name of it. policy: name, version, hash of what acts at first, None for
     demonstrations. style: of the demonstrator. clock_offset_s: service clock minus robot clock, when measured.
     """
 
@@ -51,7 +51,7 @@ class StepRecord:
     """One control step: what was seen at `t` (monotonic [s]), and the action executed then.
 
     proposed: what the policy wanted, None when it was not asked; chunk: number of the reply the action came from, -1
-    for none; value: the critic's, None when unknown.
+    for none; value: the critic's, None when unknown; model: that gave the chunk, None for the episode's `policy`.
     """
 
     step: int
@@ -63,12 +63,13 @@ class StepRecord:
     chunk: int = -1
     intervention: bool = False
     value: float | None = None
+    model: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode ended. reason: "success" | "timeout" | "operator" | "stopped" (the
-    emergency stop) | "error"; success None = not known."""
+    """How an episode ended. reason: "success" | "failure" or "discarded" (the operator's word, see `verdict`) |
+    "timeout" | "operator" (Ctrl-C) | "stopped" (the emergency stop) | "error"; success None = not known."""
 
     success: bool | None
     steps: int
@@ -97,7 +98,7 @@ class Recorder:
                  wait: bool = False, flush_s: float = 0.5) -> None:  # fmt: skip
         if image_format not in ("png", "jpeg"):
             raise RecordError(f"image_format: expected 'png' or 'jpeg', got {image_format!r}")
-        self.path = Path(path)
+        self.path, self.info = Path(path), info
         self._format, self._wait, self._flush_s = image_format, wait, flush_s
         self._queue: queue.Queue[StepRecord | Outcome] = queue.Queue(depth)
         self._state = _State()
@@ -176,6 +177,7 @@ class Recorder:
             "proposed": None if record.proposed is None else numbers(record.proposed), "chunk": record.chunk,
             "intervention": bool(record.intervention),
             "value": None if record.value is None or not math.isfinite(record.value) else float(record.value),
+            **({"model": dict(record.model)} if record.model else {}),
         }, record.step)  # fmt: skip
 
     def _finish(self, outcome: Outcome) -> None:

@@ -45,17 +45,24 @@ def replay(arguments: argparse.Namespace) -> int:
         f"{by}; {int(rollout.intervention.sum())} steps under the operator; {rollout.missed_deadlines} missed "
         f"deadlines; cameras {', '.join(rollout.spec.camera_names)}{'' if rollout.complete else '; FILE INCOMPLETE'}"
         f"{'; recorded by the service: steps are requests' if rollout.source == 'service' else ''}"
+        f"{_others(rollout)}"
     )
     if arguments.url is not None:
         return _again(arguments)
     return 0 if arguments.robot is None else _on_robot(arguments, rollout)
 
 
+def _others(rollout: Rollout) -> str:
+    versions = sorted({model.get("version", "?") for model in rollout.models.values()})
+    return f"; {len(rollout.models)} steps by other models: version {', '.join(versions)}" if versions else ""
+
+
 def _again(arguments: argparse.Namespace) -> int:
     """Differences by dimension; JSON as the last line."""
     key = arguments.api_key or os.environ.get("RECAP_API_KEY")
     headers = {"Authorization": f"Api-Key {key}"} if key else {}
-    found, served, head = resend(arguments.file, arguments.url, tolerance=arguments.tolerance, headers=headers)
+    found, served, head = resend(arguments.file, arguments.url, tolerance=arguments.tolerance, headers=headers,
+                                 tls_ca=arguments.tls_ca)  # fmt: skip
     names = [dim["name"] for dim in head["spec"]["action"]]
     largest = float(found.largest.max())
     within = largest <= arguments.tolerance

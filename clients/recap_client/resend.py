@@ -64,10 +64,10 @@ class Differences:
         self.total += difference.sum(axis=0)
 
 
-def resend(path: Path, url: str, *, tolerance: float, headers: Mapping[str, str] | None = None) -> tuple[
-    Differences, Mapping[str, str], Mapping[str, Any]]:  # fmt: skip
+def resend(path: Path, url: str, *, tolerance: float, headers: Mapping[str, str] | None = None,
+           tls_ca: Path | None = None) -> tuple[Differences, Mapping[str, str], Mapping[str, Any]]:  # fmt: skip
     """Ask the policy service at `url` everything in `path` again: differences, the model that answered, and the head of
-    the recording. Raises RolloutError, SpecError, and the errors of `Session.call`."""
+    the recording. tls_ca: see `Session`. Raises RolloutError, SpecError, and the errors of `Session.call`."""
     stream = _messages(path)
     head = next((message for topic, _, message in stream if topic == "/episode"), None)
     if head is None:
@@ -75,7 +75,7 @@ def resend(path: Path, url: str, *, tolerance: float, headers: Mapping[str, str]
     spec = RobotSpec.from_json(head["spec"])
     width = len(spec.action)
     found = Differences(np.zeros(width), np.zeros(width))
-    session = Session(url, "policy", spec, headers=headers)
+    session = Session(url, "policy", spec, headers=headers, tls_ca=tls_ca)
     try:
         session.call({"type": "reset", "robot": "replay", "episode": path.stem[:100], "task": head["task"],
                       "forward": False})  # fmt: skip

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Rollout:
     float32 [T, A], NaN where the policy was not asked; chunk int64 [T]; intervention bool [T]; value float64 [T], NaN
     where unknown; images: camera -> uint8 [T, H, W, 3] (empty when read with images=False).
     complete: the file was closed properly; else success is None and the last steps may be missing.
+    models: step -> name, version and hash of the model that gave its chunk, where that was another than `policy`, for
+    models change while robots are served.
     source: "robot", or "service" for a log of the policy service, whose steps are the robot's requests: `action` is NaN
     (what the robot executed is not known there) and `proposed` the first action of the chunk it was sent.
     """
@@ -59,6 +61,7 @@ class Rollout:
     dropped: int
     complete: bool
     source: str = "robot"
+    models: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -133,7 +136,12 @@ def _assemble(path: Path, topics: dict[str, dict[int, dict[str, Any]]], images: 
         success=outcome.get("success"), reason=outcome.get("reason", "interrupted"),
         missed_deadlines=int(outcome.get("missed_deadlines", 0)), dropped=int(outcome.get("dropped", 0)),
         complete=complete, source=str(head.get("source", "robot")),
+        models=_other_models(steps, head["policy"]),
     )  # fmt: skip
+
+
+def _other_models(steps: list[dict[str, Any]], policy: object) -> dict[int, Mapping[str, str]]:
+    return {row: dict(step["model"]) for row, step in enumerate(steps) if step.get("model", policy) != policy}
 
 
 def _matrix(rows: list[list[float | None]], width: int) -> NDArray[np.float32]:

@@ -111,7 +111,7 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "recap.step": {"type": "object", "properties": {
         "step": {"type": "integer"}, "t": {"type": "number"}, "state": _VECTOR, "action": _VECTOR,
         "proposed": _VECTOR, "chunk": {"type": "integer"}, "intervention": {"type": "boolean"},
-        "value": {"type": ["number", "null"]}}},
+        "value": {"type": ["number", "null"]}, "model": {"type": "object"}}},
     "recap.value": {"type": "object", "properties": {"step": {"type": "integer"}, "value": {"type": "number"}}},
     "recap.outcome": {"type": "object", "properties": {
         "success": {"type": ["boolean", "null"]}, "steps": {"type": "integer"}, "reason": {"type": "string"},

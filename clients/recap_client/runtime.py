@@ -6,14 +6,14 @@ the service is back.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recap_client import emergency
+from recap_client import emergency, verdict
 from recap_client.asking import ChunkSource
 from recap_client.episode import Critic, EpisodeResult, LoopSettings, Policy
 from recap_client.intervention import TakeoverRule, Watcher
@@ -39,7 +39,8 @@ def run_episode(robot: Robot, task: str, seed: int, *, policy: Policy | None = N
     critic. recording: path of the `.mcap` to write. A reset that a service refuses raises ServiceError; later failures
     of services are survived. Ctrl-C ends the episode with reason "operator" and everything recorded; an exception of
     the robot ends it with reason "error", everything recorded, and is raised again. The armed emergency stop ends it
-    with reason "stopped"; pressed before the start it raises EmergencyStopped and nothing moves.
+    with reason "stopped"; pressed before the start it raises EmergencyStopped and nothing moves. `verdict.say` ends it
+    with that reason and outcome.
     """
     if policy is None and teleoperator is None:
         raise ValueError("run_episode: expected a policy, a teleoperator, or both; got neither")
@@ -77,6 +78,7 @@ class _Loop:
         self.source: ChunkSource | None = None
         self.judging: Caller[Value] = Caller("value")
         self.recorder: Recorder | None = None
+        self.others: dict[int, Mapping[str, str]] = {}  # chunks of another model than the recording's head names
         self.tally = _Tally()
         self.judged = -settings.execute
         self.proposed: NDArray[np.float32] | None = None
@@ -100,10 +102,15 @@ class _Loop:
         if self.policy is not None:
             self.source = ChunkSource(self.policy, self.robot.spec, self.settings, self.pace, prompt=self.prompt,
                                       deadline_s=self.deadline_s, seed=self.seed)  # fmt: skip
-        success, reason = None, "error"
+        success: bool | None = None
+        reason = "error"
+        verdict.begin()
         try:
             result = self._steps()
             success, reason = result.success, "success" if result.success else "timeout"
+        except verdict.EpisodeJudged as judged:
+            success, reason = judged.verdict.success, judged.verdict.reason
+            self._stop()
         except emergency.EmergencyStopped as pressed:
             reason = "stopped"
             emergency.halt(self.robot)
@@ -148,6 +155,7 @@ class _Loop:
             if command is None and not (self.source is not None and self.source.simulated):
                 self.pace.idle()
             self.pace.end(step)
+            verdict.check()
             if result.done:
                 return result
 
@@ -217,6 +225,8 @@ class _Loop:
         try:
             chunk = self.source.take(step) if self.source is not None else None
             if chunk is not None:
+                if self.recorder is not None and chunk.model not in (None, self.recorder.info.policy):
+                    self.others[chunk.seq] = dict(chunk.model or {})
                 self.tally.latency.append(chunk.latency_s)
                 self.tally.failing = False
                 self._ask(step, observation)  # after a late reply the next request may be due at once
@@ -252,7 +262,7 @@ class _Loop:
             applied = np.full(len(self.robot.spec.action), np.nan, np.float32)  # a hold that the robot does not explain
         images = observation.images if self.settings.record_images else {}
         self.recorder.step(StepRecord(step, observation.t, observation.state, applied, images, self.proposed, chunk,
-                                      intervened, value))  # fmt: skip
+                                      intervened, value, self.others.get(chunk)))  # fmt: skip
 
     def _service_failed(self, what: str, error: ServiceError) -> None:
         if not self.tally.failing:  # once per outage, not twenty times a second

@@ -239,11 +239,14 @@ class Session:
         link.close()
 
 
-def served_spec(url: str, headers: Mapping[str, str] | None = None) -> RobotSpec:
-    """The robot spec that the service at `url` was made for, for who has no robot of its own. Raises ServiceError."""
+def served_spec(url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
+                tls_ca: Path | str | None = None) -> RobotSpec:  # fmt: skip
+    """The robot spec that the service at `url` was made for, for who has no robot of its own. proxy, tls_ca: see
+    `Session`. Raises ServiceError."""
     try:
-        with connect(url, subprotocols=[SUBPROTOCOL], compression=None, proxy=configured_proxy(),  # type: ignore[list-item]
-                     additional_headers=dict(headers or {}), ssl=client_context(url)) as link:  # fmt: skip
+        with connect(url, subprotocols=[SUBPROTOCOL], compression=None, proxy=configured_proxy(proxy),  # type: ignore[list-item]
+                     additional_headers=dict(headers or {}), ssl=client_context(url, tls_ca),
+                     close_timeout=0.2) as link:  # fmt: skip
             welcome = unpack(link.recv(timeout=5))
             return RobotSpec.from_json(welcome["spec"]["robot"])
     except (OSError, WebSocketException, KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,10 @@ The same object travels with the checkpoint, the exported model, the websocket h
 Two sides that disagree are refused with the field, what was expected and what came (`require_equal`).
 """
 
+import contextlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,21 +78,78 @@ class RobotSpec:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "RobotSpec":
-        """Inverse of `to_json`; an unknown or missing key raises `SpecError`."""
+        """Inverse of `to_json`; an unknown or missing key, or a value of another type, raises `SpecError`."""
         try:
+            cameras = tuple(Camera(**item) for item in data["cameras"])
+            state = tuple(StateDim(**item) for item in data["state"])
+            action = tuple(ActionDim(**item) for item in data["action"])
+            robot, control_hz, tasks = data["robot"], data["control_hz"], data.get("tasks", ())
+            _check_types(cameras, state, action)
+            if not isinstance(tasks, list | tuple):
+                raise SpecError(f"spec.tasks: expected a list of text, got {_shown(tasks)}")
             return RobotSpec(
-                robot=data["robot"],
-                cameras=tuple(Camera(**item) for item in data["cameras"]),
-                state=tuple(StateDim(**item) for item in data["state"]),
-                action=tuple(ActionDim(**item) for item in data["action"]),
-                control_hz=float(data["control_hz"]),
-                tasks=tuple(data.get("tasks", ())),
+                robot=text(robot, "spec.robot"),
+                cameras=cameras,
+                state=state,
+                action=action,
+                control_hz=finite(control_hz, "spec.control_hz"),
+                tasks=tuple(text(task, "spec.tasks") for task in tasks),
             )
         except SpecError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             got = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
             raise SpecError(f"robot spec: expected the fields of RobotSpec, got {got} ({error})") from error
+
+
+def whole(value: Any, what: str, least: int = 1) -> int:
+    """`value` when it is a whole number from `least`, else SpecError. what: the field, for the message."""
+    if type(value) is not int or value < least:
+        raise SpecError(f"{what}: expected a whole number from {least}, got {_shown(value)}")
+    return value
+
+
+def finite(value: Any, what: str) -> float:
+    """`value` when it is a finite number, else SpecError."""
+    result = number(value, what)
+    if not math.isfinite(result):
+        raise SpecError(f"{what}: expected a finite number, got {result}")
+    return result
+
+
+def number(value: Any, what: str) -> float:
+    """`value` when it is a number, infinity among them, else SpecError."""
+    if type(value) in (int, float):
+        with contextlib.suppress(OverflowError):  # of an int beyond what a float holds
+            result = float(value)
+            if not math.isnan(result):
+                return result
+    raise SpecError(f"{what}: expected a number, got {_shown(value)}")
+
+
+def text(value: Any, what: str) -> str:
+    """`value` when it is text, else SpecError."""
+    if type(value) is not str:
+        raise SpecError(f"{what}: expected text, got {_shown(value)}")
+    return value
+
+
+def _check_types(cameras: Sequence[Camera], state: Sequence[StateDim], action: Sequence[ActionDim]) -> None:
+    for field, entries in (("cameras", cameras), ("state", state), ("action", action)):
+        for entry in entries:
+            where = f"spec.{field}[{text(entry.name, f'spec.{field}.name')[:80]}]"
+            if isinstance(entry, Camera):
+                whole(entry.height, f"{where}.height")
+                whole(entry.width, f"{where}.width")
+            else:
+                text(entry.unit, f"{where}.unit")
+            if isinstance(entry, ActionDim):
+                number(entry.low, f"{where}.low")
+                number(entry.high, f"{where}.high")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def require_equal(expected: RobotSpec, got: RobotSpec, *, what: str, tasks: bool = False) -> None:

@@ -1,12 +1,15 @@
 """The critic as the robot sees it: how far from success is this?"""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from recap_client.policy import encode_observation
 from recap_client.robots.base import Observation
 from recap_client.session import ProtocolError, Session
 from recap_client.spec import RobotSpec
+from recap_client.tracing import Tracing, process_tracing
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,14 @@ class Value:
 
 
 class RemoteCritic:
-    """The critic service at `url` (e.g. ws://127.0.0.1:8001/value) for one robot. Errors: see `Session.call`."""
+    """The critic service at `url` (e.g. ws://127.0.0.1:8001/value) for one robot. tracing, proxy, tls_ca: as of
+    `RemotePolicy`. Errors: see `Session.call`."""
 
     def __init__(self, url: str, spec: RobotSpec, *, robot: str = "robot", timeout_s: float = 5.0,
-                 headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
-        self.session = Session(url, "critic", spec, timeout_s=timeout_s, headers=headers)
+                 headers: Mapping[str, str] | None = None, tracing: Tracing | None = None,
+                 proxy: str | None = None, tls_ca: Path | str | None = None) -> None:  # fmt: skip
+        self._tracing = tracing or process_tracing("recap-client")
+        self.session = Session(url, "critic", spec, timeout_s=timeout_s, headers=headers, proxy=proxy, tls_ca=tls_ca)
         self.robot = robot
         self._seq = 0
         self._episode = ""
@@ -47,7 +53,8 @@ class RemoteCritic:
         }  # fmt: skip
         if act_latency_s is not None:
             message["act_latency_ms"] = act_latency_s * 1e3
-        reply = self.session.call(message, deadline_s=deadline_s)
+        with nullcontext() if self._tracing is None else self._tracing.request(message):
+            reply = self.session.call(message, deadline_s=deadline_s)
         try:
             advantage, seconds = reply.get("advantage"), reply.get("seconds_to_success")
             return Value(

@@ -47,7 +47,8 @@ def pack(obj: Any) -> bytes:
 
 
 def unpack(buffer: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Decode one message; arrays are read-only views into `buffer`. Raises WireError, never anything else.
+    """Decode one message. Arrays are read-only, over the bytes that msgpack has copied out of `buffer`, once: it may be
+    used again. Raises WireError, never anything else.
 
     A message above `max_bytes` is refused unread. A broken array is named by its path, e.g. `observation.images.front`.
     """

@@ -12,9 +12,9 @@ from services.common.keys import Key, KeyFileError, Scope, matching, read_keys, 
 from services.common.logs import get_logger
 from services.common.quota import Clock, OverQuota, Usage, Usages
 from services.common.settings import Access, Quota
+from services.common.throttle import Throttle
 
 WATCH_S = 0.25
-_SAY_EVERY_S = 1.0
 _ENVIRONMENT, _ADMIN = "environment", "environment-admin"
 
 log = get_logger("access")
@@ -88,22 +88,22 @@ class Gate:
         clock: Clock = time.monotonic,
         wall: Clock = time.time,
     ) -> None:
-        self._access, self._refused = access, refused
+        self.access, self._refused = access, refused
         self._api_key, self._admin_key = api_key, admin_key
-        self.wall, self._clock = wall, clock
+        self.wall = wall
         self.usages = Usages(clock)
         self._stamp = self._look()  # before the reading: a change in between is then seen later
         self.keys: Mapping[str, Key] = {} if access.keys is None else read_keys(access.keys)
         self._open: dict[object, tuple[Caller, Ending]] = {}
         self._sessions = 0
-        self._said: dict[str, float] = {}
+        self._said = Throttle(clock=clock)
         if access.keys is not None and readable_by_others(access.keys):
             log.warning("every account of this machine can read the key file", file=str(access.keys), fix="chmod 600")
 
     @property
     def asks(self) -> bool:
         """Whether callers need a key."""
-        return self._api_key is not None or self._access.keys is not None
+        return self._api_key is not None or self.access.keys is not None
 
     def admit(self, headers: Mapping[str, str], peer: str, scope: Scope, *, query_key: str | None = None) -> Caller:
         """The caller that an HTTP request, a websocket or gRPC metadata (names in lower case) comes from.
@@ -130,7 +130,7 @@ class Gate:
         """The caller that presents a key, which nothing is asked of when there is none. Raises Refused."""
         with self.counted(peer):
             if not self.asks and scope != "admin":
-                return Caller(self, peer, None, self.usages.of(peer, self._access.quota), scope)
+                return Caller(self, peer, None, self.usages.of(peer, self.access.quota), scope)
             key = matching(self.keys, presented)
             if key is not None:
                 return self._holder(key, scope)
@@ -144,7 +144,7 @@ class Gate:
 
     def quota_of(self, key: Key) -> Quota:
         """A key's own quota, the service's when it has none."""
-        return self._access.quota if key.quota == Quota() else key.quota
+        return self.access.quota if key.quota == Quota() else key.quota
 
     @contextmanager
     def until_revoked(self, caller: Caller, end: Ending) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Gate:
     @contextmanager
     def room(self) -> Iterator[None]:
         """A place among all sessions of the service."""
-        most = self._access.max_sessions
+        most = self.access.max_sessions
         if self._sessions >= most:
             raise Refused("full", "unavailable", f"{most} sessions are open; no room for another")
         self._sessions += 1
@@ -184,12 +184,14 @@ class Gate:
         try:
             yield
         except (Refused, OverQuota) as error:
-            self._refused(error.reason)
-            now = self._clock()
-            if now - self._said.get(error.reason, -1e9) >= _SAY_EVERY_S:
-                self._said[error.reason] = now
-                log.warning("caller refused", reason=error.reason, caller=name, message=error.fault.message)
+            self.note(error.reason, name, error.fault.message)
             raise
+
+    def note(self, reason: str, name: str, message: str) -> None:
+        """Count a refusal, and log it unless its reason was logged within this second."""
+        self._refused(reason)
+        if (more := self._said.passes(reason)) is not None:
+            log.warning("caller refused", reason=reason, caller=name, message=message, **more)
 
     async def watch(self) -> None:
         """Follow the key file and end the sessions of keys that are good no more, until cancelled."""
@@ -199,10 +201,10 @@ class Gate:
 
     async def refresh(self) -> None:
         """Read the key file if it has changed, then end what must end. A file that is broken changes nothing."""
-        if self._access.keys is not None and (stamp := self._look()) != self._stamp:
+        if self.access.keys is not None and (stamp := self._look()) != self._stamp:
             self._stamp = stamp
             try:
-                before, self.keys = self.keys, await asyncio.to_thread(read_keys, self._access.keys)
+                before, self.keys = self.keys, await asyncio.to_thread(read_keys, self.access.keys)
             except KeyFileError as error:
                 log.error("the keys stay as they were", error=str(error))
             else:
@@ -231,7 +233,7 @@ class Gate:
     def _look(self) -> tuple[int, ...] | None:
         """What tells one state of the key file from another."""
         try:
-            found = None if self._access.keys is None else self._access.keys.stat()
+            found = None if self.access.keys is None else self.access.keys.stat()
         except OSError:
             return None
         return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -8,15 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.common import tracing
 from services.common.engine import Arrays, Engine, TimedEngine
 from services.common.errors import Fault, ServiceError
 from services.common.logs import get_logger
 from services.common.schedule import RunTimes, Turn, expected_end, make_turn, next_run
+
+if TYPE_CHECKING:
+    from services.common.spans import RequestTrace
 
 _TROUBLE_S = 10.0
 
@@ -42,6 +46,7 @@ class _Item:
     future: asyncio.Future[Answer]
     submitted: float
     turn: Turn
+    trace: "RequestTrace | None" = None
 
 
 class Batcher:
@@ -64,9 +69,12 @@ class Batcher:
         self._timed = engine if isinstance(engine, TimedEngine) else None  # asked once: it takes microseconds
         self._on_batch, self._on_busy, self._on_refused = on_batch, on_busy, on_refused
         self.times = RunTimes(engine.batch_sizes)
+        self.times.start(engine.run_times, time.perf_counter())
         self._free_at = 0.0  # when the run under way is expected to end
         self._waiting: dict[Hashable, _Item] = {}  # in order of arrival
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        self._bell = threading.Lock()  # free when there is something to look at; a Condition costs twice as much
+        self._bell.acquire()
         self._closed = False
         self.last_error: str | None = None
         self.failed_at = 0.0
@@ -86,7 +94,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
-        with self._wake:
+        with self._lock:
             if self._closed:
                 raise _closing()
             older = self._waiting.get(key)
@@ -94,9 +102,9 @@ class Batcher:
             turn = make_turn(now, deadline_s=deadline_s, runs_out_s=runs_out_s, replaced=replaced)
             if deadline_s is not None:
                 self._admit(turn, older, now, deadline_s)
-            item = _Item(inputs, loop.create_future(), now, turn)
+            item = _Item(inputs, loop.create_future(), now, turn, tracing.current())
             self._waiting[key] = item  # a dict keeps the place
-            self._wake.notify()
+            self._ring()
         if older is not None:
             _fail(older, ServiceError("superseded", "a newer observation of this session has taken its place"))
         timer = None if deadline_s is None else loop.call_later(max(deadline_s, 0.0), _expire, item, deadline_s)
@@ -115,11 +123,11 @@ class Batcher:
 
     def close(self) -> None:
         """Answer everything that waits with `shutting_down`, let the running batch end, stop the thread."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             left = list(self._waiting.values())
             self._waiting.clear()
-            self._wake.notify()
+            self._ring()
         for item in left:
             _fail(item, _closing())
         self._thread.join(timeout=1.0)  # one that hangs in the engine dies with the process
@@ -138,19 +146,25 @@ class Batcher:
             raise _hopeless(expected_s, deadline_s)
 
     def _forget(self, key: Hashable, item: _Item) -> None:
-        with self._wake:
+        with self._lock:
             if self._waiting.get(key) is item:
                 del self._waiting[key]
 
+    def _ring(self) -> None:
+        """Let the thread look. Called under the lock: the bell must not be released twice."""
+        if self._bell.locked():
+            self._bell.release()
+
     def _take(self) -> list[_Item] | None:
         """Block until something is to be run; None when closed."""
-        with self._wake:
-            while not self._closed:
-                if self._waiting and (items := self._next()):
-                    return items
-                if not self._waiting and not self._closed:
-                    self._wake.wait()
-            return None
+        while True:
+            with self._lock:
+                while self._waiting and not self._closed:
+                    if items := self._next():
+                        return items
+                if self._closed:
+                    return None
+            self._bell.acquire()
 
     def _next(self) -> list[_Item]:
         now = time.perf_counter()
@@ -184,7 +198,8 @@ class Batcher:
         while (items := self._take()) is not None:
             start = time.perf_counter()
             try:
-                outputs = self._run(items, start)
+                with tracing.engine_run([(item.trace, item.submitted) for item in items], start):
+                    outputs = self._run(items, start)
             except ServiceError as error:  # of an engine elsewhere: typed, and told as it is
                 if error.fault.code != "deadline":
                     if self.last_error is None:  # said once: robots ask many times a second while it is away
@@ -209,7 +224,7 @@ class Batcher:
             self._on_batch(len(items))
             self._on_busy(end - start)
             _post(items, _resolve_all, items, answers)
-            with self._wake:  # while the answers are on their way
+            with self._lock:  # while the answers are on their way
                 self.times.record(len(items), end - start, end)
 
 

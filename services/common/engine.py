@@ -62,8 +62,12 @@ class Engine(Protocol):
         Raises EngineError when an input is missing or has another dtype or shape than the graph's.
         """
 
+    @property
+    def run_times(self) -> Mapping[int, float]:
+        """Seconds of a run by batch size, as `warm_up` has measured them; empty before."""
+
     def warm_up(self) -> None:
-        """Run every batch size once, so that the first request is as fast as the others."""
+        """Run every batch size, so that the first request is as fast as the others, and measure a run of each."""
 
     def close(self) -> None: ...
 
@@ -77,13 +81,16 @@ class TimedEngine(Protocol):
         when they have passed, `unavailable` when there is nobody to ask."""
 
 
-def load_engine(models: Path, model: str, kind: str = "onnxruntime", threads: int = 1) -> Engine:
-    """Open `models`/`model`, verify it, and load it with the engine `kind`, on `threads` CPU threads.
+def load_engine(
+    models: Path, model: str, kind: str = "onnxruntime", threads: int = 1, version: int | None = None
+) -> Engine:
+    """Open `models`/`model`, verify it, and load it with the engine `kind`, on `threads` CPU threads. version: None =
+    the highest.
 
     Raises EngineError (unknown kind, missing library, graph that does not load), RepositoryError, ManifestError.
     """
     _check_kind(kind)  # first: hashing a large model takes a while
-    return engine_of(open_model(models, model), kind, threads)
+    return engine_of(open_model(models, model, version), kind, threads)
 
 
 def engine_of(model: ModelFolder, kind: str = "onnxruntime", threads: int = 1) -> Engine:

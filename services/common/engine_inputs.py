@@ -1,6 +1,8 @@
-"""What every in-process engine does with its inputs: describe them, check a batch, pad it to a size that is served."""
+"""What every in-process engine does with its inputs: describe them, check a batch, pad it to a size that is served,
+warm up with them."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +57,14 @@ def pad(array: NDArray[Any], size: int) -> NDArray[Any]:
 def ones(wanted: Mapping[str, Input], size: int) -> dict[str, NDArray[Any]]:
     """Inputs to warm up with: ones, not zeros, for an all-false token mask is no input that a model has to answer."""
     return {name: np.ones((size, *item.shape), item.dtype) for name, item in wanted.items()}
+
+
+def timed_runs(sizes: Iterable[int], run: Callable[[int], object]) -> dict[int, float]:
+    """Run every size twice, for the first run does what no later one has to; seconds of the second."""
+    seconds = {}
+    for size in sizes:
+        run(size)
+        began = time.perf_counter()
+        run(size)
+        seconds[size] = time.perf_counter() - began
+    return seconds

@@ -10,11 +10,13 @@ from services.common import metrics
 
 
 def health_router(registry: CollectorRegistry, not_ready: Callable[[], str | None]) -> APIRouter:
-    """`/livez` and `/healthz` (openpi's name) say that the event loop turns; `/readyz` that requests will be answered.
+    """`/livez` and `/healthz` (openpi's name) say that the event loop turns; `/readyz` that requests will be answered;
+    so does `recap_ready` in `/metrics`.
 
     not_ready: None when ready, else the reason.
     """
     router = APIRouter()
+    metrics.watch_readiness(registry, lambda: not_ready() is None)
 
     @router.get("/livez")
     async def livez() -> PlainTextResponse:

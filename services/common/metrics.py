@@ -1,5 +1,7 @@
 """Prometheus metrics: the names, labels and buckets that dashboards and alerts are built on. Seconds are the unit."""
 
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Protocol
 from weakref import WeakSet
 
@@ -15,6 +17,7 @@ DIALECTS = ("openpi", "roboarena", "recap.v1", "openvla", "lerobot", "groot")
 
 REFUSALS = (
     "origin", "unauthorized", "revoked", "expired", "forbidden", "full", "rate", "bytes", "in_flight", "sessions",
+    "connections", "slow",
 )  # fmt: skip
 
 
@@ -50,6 +53,7 @@ class PolicyMetrics:
             ["dialect", "code"],
             registry=self.registry,
         )
+        self._request = lru_cache(maxsize=256)(self.requests.labels)  # a look-up by labels costs more than the counting
         self.batch_size = Histogram(
             "recap_act_batch_size",
             "Requests that shared one run of the engine",
@@ -124,6 +128,7 @@ class PolicyMetrics:
             ["version", "hash", "role"],
             registry=self.registry,
         )
+        self._model_request = lru_cache(maxsize=64)(self.model_requests.labels)
         self.model_changes = Counter(
             "recap_model_changes", "Models loaded, promoted, rolled back", ["action", "result"], registry=self.registry
         )
@@ -153,13 +158,25 @@ class PolicyMetrics:
         """A model is not loaded any more."""
         self._info.remove(name, version, content_hash[:12], engine_spec.family)
 
+    def answered_by(self, version: str, content_hash: str, role: str) -> None:
+        """One answer of a model. role: live, canary or previous."""
+        self._model_request(version, content_hash[:12], role).inc()
+
     def watch(self, queue: Queue) -> None:
         """Count `queue` into the depth for as long as it lives; read when the metrics are asked for."""
         self._queues.add(queue)
 
+    def replied(self, timing: Mapping[str, float], total: float) -> None:
+        """The latency of a reply, by stage. timing: `decode_ms`, `queue_ms`, `infer_ms`; total: seconds, the rest of
+        which is the encoding's."""
+        decode, queue, infer = (timing[name] / 1000 for name in ("decode_ms", "queue_ms", "infer_ms"))
+        stages = decode, queue, infer, max(total - decode - queue - infer, 0.0), total
+        for stage, seconds in zip(STAGES, stages, strict=True):
+            self.latency[stage].observe(seconds)
+
     def count(self, dialect: str, code: str) -> None:
         """One finished request; code "ok" or an error code."""
-        self.requests.labels(dialect, code).inc()
+        self._request(dialect, code).inc()
         if code == "superseded":
             self.superseded.inc()
         elif code == "deadline":
@@ -209,6 +226,12 @@ def refusals(registry: CollectorRegistry) -> Counter:
     for reason in REFUSALS:
         counter.labels(reason)
     return counter
+
+
+def watch_readiness(registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
+    """Whether requests would be answered; asked when the metrics are."""
+    gauge = Gauge("recap_ready", "Would requests be answered: 1 where /readyz says so", registry=registry)
+    gauge.set_function(lambda: float(ready()))
 
 
 def model_info(registry: CollectorRegistry) -> Gauge:

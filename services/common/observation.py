@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -54,12 +54,10 @@ async def decoded(observation: Observation, cameras: tuple[Camera, ...]) -> Obse
 
     A JPEG whose header gives another size than the camera's is refused before its pixels exist (ObservationError).
     """
-    wanted = {camera: observation.images[camera.name] for camera in cameras if camera.name in observation.images}
-    if any(isinstance(frame, JpegImage) for frame in wanted.values()):
-        images = await asyncio.get_running_loop().run_in_executor(_decoders(), _decode_all, wanted)
-    else:
-        images = {camera.name: frame for camera, frame in wanted.items()}
-    return replace(observation, images=images)
+    images = {camera.name: observation.images[camera.name] for camera in cameras if camera.name in observation.images}
+    if any(isinstance(frame, JpegImage) for frame in images.values()):
+        images = await asyncio.get_running_loop().run_in_executor(_decoders(), _decode_all, images, cameras)
+    return Observation(images, observation.state, observation.prompt)
 
 
 @cache
@@ -85,10 +83,11 @@ def with_text_keys(body: Mapping[Any, Any]) -> dict[str, Any]:
     return {key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): body[key] for key in body}
 
 
-def _decode_all(frames: Mapping[Camera, Any]) -> dict[str, Any]:
+def _decode_all(frames: Mapping[str, Any], cameras: tuple[Camera, ...]) -> dict[str, Any]:
+    by_name = {camera.name: camera for camera in cameras}
     return {
-        camera.name: _decode(frame.data, camera) if isinstance(frame, JpegImage) else frame
-        for camera, frame in frames.items()
+        name: _decode(frame.data, by_name[name]) if isinstance(frame, JpegImage) else frame
+        for name, frame in frames.items()
     }
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from recap_model.spec import Spec
 from recap_model.tokenizer import TextTokenizer
 from services.common.engine import Arrays, EngineError
-from services.common.engine_inputs import Input, check_inputs, fitting_size, ones, pad
+from services.common.engine_inputs import Input, check_inputs, fitting_size, ones, pad, timed_runs
 from services.common.repository import ModelFolder
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -37,6 +37,7 @@ class OnnxRuntimeEngine:
         first = self._sessions[min(self._sessions)]
         self._inputs = {item.name: _describe(item, model) for item in first.get_inputs()}
         self._outputs = [item.name for item in first.get_outputs()]
+        self._run_times: dict[int, float] = {}
 
     @property
     def name(self) -> str:
@@ -70,6 +71,10 @@ class OnnxRuntimeEngine:
     def input_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: item.shape for name, item in self._inputs.items()}
 
+    @property
+    def run_times(self) -> Mapping[int, float]:
+        return self._run_times
+
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Engine.run`."""
         count = check_inputs(self.name, self._inputs, inputs)
@@ -80,8 +85,7 @@ class OnnxRuntimeEngine:
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""
-        for size in self._sessions:
-            self.run(ones(self._inputs, size))
+        self._run_times = timed_runs(self._sessions, lambda size: self.run(ones(self._inputs, size)))
 
     def close(self) -> None:
         self._sessions.clear()

@@ -74,6 +74,12 @@ class RunTimes:
         """What `count` samples are padded to."""
         return self.sizes[bisect_left(self.sizes, count)]
 
+    def start(self, seconds: Mapping[int, float], now: float) -> None:
+        """What a warm-up has measured of each size: believed at once, and no longer than any other run."""
+        for size, value in seconds.items():
+            for _ in range(_EVIDENCE):
+                self.record(size, value, now)
+
     def record(self, count: int, seconds: float, now: float) -> None:
         """A run of `count` samples that ended `now`."""
         size = self.size(count)

@@ -13,9 +13,12 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from services.common.auth import Gate
+from services.common.doors import Doors
 from services.common.drain import Connections
 from services.common.settings import Limits, Tls
 from services.common.tls import server_context
+from services.common.ws_protocol import RobotWebSocket
 
 DRAIN_S = 2.5
 
@@ -44,9 +47,26 @@ def bind(host: str, port: int) -> socket.socket:
 class DrainingServer(uvicorn.Server):
     """uvicorn closes websockets first (1012) and finishes requests afterwards; robots need it the other way round."""
 
-    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections, gate: Gate) -> None:
         super().__init__(config)
         self._robots = connections
+        self._doors = Doors(gate.access, self.server_state.connections, gate.note)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])  # of the app; uvicorn's own listening has no bounds
+        for sock in sockets or []:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: self._doors.entry(self._protocol),
+                sock=sock,
+                backlog=self.config.backlog,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=None if self.config.ssl is None else self._doors.request_s,
+            )
+            self.servers.append(server)
+
+    async def on_tick(self, counter: int) -> bool:
+        self._doors.sweep()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         # A second Ctrl-C ends at once. Unlike uvicorn's, signals are not raised again at the end: draining is exit 0.
@@ -59,6 +79,11 @@ class DrainingServer(uvicorn.Server):
         if not self.force_exit:
             await self._robots.drain(DRAIN_S)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,7 @@ def make_server(app: FastAPI, limits: Limits, tls: Tls | None = None) -> Drainin
         log_config=None,
         access_log=False,
         lifespan="on",
-        ws="websockets-sansio",
+        ws=RobotWebSocket,
         ws_max_size=limits.frame,
         ws_per_message_deflate=False,
         server_header=False,
@@ -89,7 +114,7 @@ def make_server(app: FastAPI, limits: Limits, tls: Tls | None = None) -> Drainin
         timeout_graceful_shutdown=1,
         ssl_context_factory=None if context is None else lambda *_: context,
     )
-    return DrainingServer(config, app.state.connections)
+    return DrainingServer(config, app.state.connections, app.state.service.gate)
 
 
 def _tells(record: logging.LogRecord) -> bool:

@@ -51,11 +51,22 @@ class Tls:
 @dataclass(frozen=True)
 class Access:
     """keys: file of API keys. quota: of callers whose key has none of its own, and of addresses where no key is asked;
-    RECAP_API_KEY is the operator's own and without one. max_sessions: of all callers together."""
+    RECAP_API_KEY is the operator's own and without one. max_sessions: of all callers together. address_connections,
+    max_connections: open TCP connections to the HTTP port, of one address (None = 64 more than `max_sessions`) and in
+    all (None = twice that). request_s: seconds in which a peer must send the head of a request, and again its body."""
 
     keys: Path | None = None
     quota: Quota = field(default_factory=Quota)
     max_sessions: int = 512
+    address_connections: int | None = None
+    max_connections: int | None = None
+    request_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_connections", "address_connections", "request_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,15 @@ class Recording:
 @dataclass(frozen=True)
 class ModelSource:
     """models: the model repository; nothing outside it is ever loaded. engine, threads: see `load_engine`.
-    admin_key: of those who may change models. audit: file of the audit log; None = logged only."""
+    admin_key: of those who may change models. audit: file of the audit log; None = logged only. version: that was asked
+    for at the start, None = the highest."""
 
     models: Path
     engine: str = "onnxruntime"
     threads: int = 1
     admin_key: str | None = None
     audit: Path | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from recap_model.policy.static import GraphOptions, StaticPolicy
 from recap_model.spec import Spec
 from recap_model.tokenizer import TextTokenizer
 from services.common.engine import Arrays, EngineError
-from services.common.engine_inputs import Input, check_inputs, fitting_size, ones
+from services.common.engine_inputs import Input, check_inputs, fitting_size, ones, timed_runs
 from services.common.repository import ModelFolder
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -60,6 +60,7 @@ class TorchEngine:
         on_gpu = self._device.type == "cuda"
         self._dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
         self._sizes = _batch_sizes(model)
+        self._run_times: dict[int, float] = {}
         module = _load(model, self._dtype, self._device)
         self._inputs = describe(module.config, module.options)
         self._vocabulary = module.config.language.vocabulary
@@ -93,6 +94,10 @@ class TorchEngine:
     @property
     def tokenizer(self) -> TextTokenizer:
         return self._model.tokenizer
+
+    @property
+    def run_times(self) -> Mapping[int, float]:
+        return self._run_times
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -130,8 +135,7 @@ class TorchEngine:
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""
-        for size in self._sizes:
-            self.run(ones(self._inputs, size))
+        self._run_times = timed_runs(self._sizes, lambda size: self.run(ones(self._inputs, size)))
 
     def close(self) -> None:
         """Free weights, graphs and buffers; `run` is refused from then on."""

@@ -94,7 +94,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """timeout_us: how long the request may wait in Triton's queue. priority: 1 before 2; None = the model's default."""
+    """timeout_us: how long the request may wait in Triton's queue. priority: 1 before 2; None = the model's default.
+    traceparent: the span that it is part of, where it is traced."""
 
     model: str
     version: str
@@ -102,6 +103,7 @@ class Call:
     outputs: tuple[Part, ...]
     timeout_us: int
     priority: int | None = None
+    traceparent: str | None = None
 
 
 class Transport(Protocol):

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from recap_model.spec import Spec
 from recap_model.tokenizer import TextTokenizer
+from services.common import tracing
 from services.common.engine import Arrays, EngineError
-from services.common.engine_inputs import Input, check_inputs, fitting_size, ones
+from services.common.engine_inputs import Input, check_inputs, fitting_size, ones, timed_runs
 from services.common.errors import ServiceError
 from services.common.logs import get_logger
 from services.common.repository import ModelFolder
@@ -71,6 +72,7 @@ class TritonEngine:
         self._in, self._out = tensors(config, "input"), tensors(config, "output")
         self._inputs = {tensor.name: Input(tensor.dtype, tensor.shape) for tensor in self._in}
         self._layout = Layout.of((*self._in, *self._out), self._sizes[-1])
+        self._run_times: dict[int, float] = {}
         self._told = False
         self._slots = Slots(self._layout.size, self._transport.register, self._refused) if self._address.shm else None
 
@@ -93,6 +95,10 @@ class TritonEngine:
     @property
     def tokenizer(self) -> TextTokenizer:
         return self._model.tokenizer
+
+    @property
+    def run_times(self) -> Mapping[int, float]:
+        return self._run_times
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -121,9 +127,12 @@ class TritonEngine:
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""
-        for size in self._sizes:
+
+        def run(size: int) -> None:
             inputs = ones(self._inputs, size)
             self._run(inputs, self._check(inputs), _WARM_UP_S, deadline=False)
+
+        self._run_times = timed_runs(self._sizes, run)
 
     def close(self) -> None:
         names = self._slots.names() if self._slots is not None else []
@@ -186,7 +195,9 @@ class TritonEngine:
             wanted = tuple(Part(t, count, region=slot.name, offset=at[t.name]) for t in self._out)
         left_s = until - time.monotonic()
         timeout_us = max(int(1e6 * left_s), 1)
-        found = self._transport.infer(Call(self.name, self.version, given, wanted, timeout_us, priority), left_s)
+        with tracing.call("triton.infer") as sent:
+            call = Call(self.name, self.version, given, wanted, timeout_us, priority, sent)
+            found = self._transport.infer(call, left_s)
         if slot is not None:
             found = {t.name: slot.get(t, count, at[t.name]) for t in self._out}
         return {tensor.name: self._array(tensor, count, found.get(tensor.name, b"")) for tensor in self._out}

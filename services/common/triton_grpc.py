@@ -97,13 +97,14 @@ class GrpcTransport:
                 request.raw_input_contents.append(part.data.tobytes())
         for part in call.outputs:
             _place(part, request.outputs.add(name=part.tensor.name))
-        answer = self._ask("ModelInfer", request, timeout_s)
+        metadata = None if call.traceparent is None else (("traceparent", call.traceparent),)
+        answer = self._ask("ModelInfer", request, timeout_s, metadata)
         return {item.name: data for item, data in zip(answer.outputs, answer.raw_output_contents, strict=False)}
 
     def close(self) -> None:
         self._channel.close()
 
-    def _ask(self, method: str, request: Any, timeout_s: float) -> Any:
+    def _ask(self, method: str, request: Any, timeout_s: float, metadata: Any = None) -> Any:
         if timeout_s <= 0:
             raise TritonError("timeout", "no time left to ask")
         if self._unanswered >= _UNANSWERED:
@@ -111,7 +112,7 @@ class GrpcTransport:
             self._losses += 1
             self._open()  # the old one ends with the last call on it
         try:
-            answer = getattr(self._stub, method)(request, timeout=timeout_s)
+            answer = getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise self._translate(error, timeout_s) from error
         self._unanswered = 0

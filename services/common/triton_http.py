@@ -88,9 +88,10 @@ class HttpTransport:
             separators=(",", ":"),
         ).encode()
         parts: list[Any] = [head, *(part.data for part in call.inputs if part.data is not None)]
-        headers, body = self._ask(
-            "POST", f"{_model(call.model, call.version)}/infer", timeout_s, parts, {_JSON_LENGTH: str(len(head))}
-        )
+        extra = {_JSON_LENGTH: str(len(head))}
+        if call.traceparent is not None:
+            extra["traceparent"] = call.traceparent
+        headers, body = self._ask("POST", f"{_model(call.model, call.version)}/infer", timeout_s, parts, extra)
         return _outputs(headers, body)
 
     def close(self) -> None:

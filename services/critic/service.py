@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from recap_model.spec import spec_to_json
+from services.common import tracing
 from services.common.auth import Gate
 from services.common.batcher import Batcher
 from services.common.channel import Message, number, text
@@ -27,6 +29,7 @@ class CriticService:
 
     def __init__(self, engine: Engine, settings: CriticSettings) -> None:
         self.engine, self.settings = engine, settings
+        self.tracing = tracing.from_environment("recap-critic")
         self.metrics = CriticMetrics()
         self.connections = Connections()
         self.gate = Gate(settings.access, settings.api_key, lambda reason: self.metrics.refused.labels(reason).inc())
@@ -40,6 +43,8 @@ class CriticService:
     def stop(self) -> None:
         self.batcher.close()
         self.engine.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     def not_ready(self) -> str | None:
         if self.connections.draining:
@@ -63,7 +68,7 @@ class CriticService:
         """
         start = time.perf_counter()
         try:
-            with self.connections.request():
+            with self._request(start, body.get(tracing.FIELD)):
                 reply = await self._observe(body, sender)
         except Exception as error:
             self.metrics.requests.labels(fault_of(error).code).inc()
@@ -71,6 +76,12 @@ class CriticService:
         self.metrics.requests.labels("ok").inc()
         self.metrics.latency.observe(time.perf_counter() - start)
         return reply
+
+    def _request(self, received: float, sent: object) -> AbstractContextManager[None]:
+        held = self.connections.request()
+        if self.tracing is None:
+            return held
+        return self.tracing.request("observe", dialect="recap.v1", received=received, sent=sent, around=held)
 
     async def _observe(self, body: Message, sender: object) -> Message:
         robot, episode = text(body, "robot", "robot", limit=64), text(body, "episode", "0", limit=128)

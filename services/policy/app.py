@@ -7,19 +7,21 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from services.common.audit_log import AuditLog
+from services.common.audit_log import AuditError, AuditLog
 from services.common.auth import Caller
 from services.common.channel import SUBPROTOCOL
 from services.common.engine import Engine
 from services.common.entry import enter
 from services.common.health import health_router
-from services.common.logs import ensure_configured
+from services.common.logs import ensure_configured, get_logger
 from services.common.settings import PolicySettings
 from services.policy.admin import models_router
 from services.policy.fronts.native import serve_native
 from services.policy.fronts.openpi import serve_openpi
 from services.policy.fronts.openvla import openvla_router
 from services.policy.service import PolicyService
+
+log = get_logger("policy")
 
 
 def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
@@ -36,6 +38,7 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        _put_start_on_record(service, audit)
         watching = asyncio.create_task(service.gate.watch())
         try:
             async with AsyncExitStack() as stack:
@@ -73,6 +76,18 @@ def create_app(engine: Engine, settings: PolicySettings) -> FastAPI:
         await enter(socket, service.gate, service.connections, "act", serve)
 
     return app
+
+
+def _put_start_on_record(service: PolicyService, audit: AuditLog) -> None:
+    """Which model a start has made live. Robots are served even when that cannot be written."""
+    source = service.settings.source
+    if source is None:
+        return
+    live = {"live": service.models.live.identity}
+    try:
+        audit.write("service", "start", options={"version": source.version}, to=live, result="done")
+    except AuditError as error:
+        log.error("the start is not on record", error=str(error))
 
 
 Front = Callable[[PolicyService, str, int], AbstractAsyncContextManager[int]]

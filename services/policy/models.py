@@ -98,7 +98,7 @@ class Models:
             self._pins[session] = _Pin((session.robot, session.episode), slot)
             with slot.used():
                 chunk = await slot.pipeline.act(session, observation, **options)
-        self._metrics.model_requests.labels(slot.engine.version, slot.engine.hash[:12], self._role(slot)).inc()
+        self._metrics.answered_by(slot.engine.version, slot.engine.hash, self._role(slot))
         return chunk, slot
 
     def of(self, session: Session) -> Slot:

@@ -38,11 +38,12 @@ class Chunk:
     batch: int
 
 
-def load_policy_engine(models: Path, beta: float, kind: str, threads: int = 1) -> Engine:
-    """The engine for a guidance strength: `policy` for 1 (no second pass), `policy_guided` above."""
+def load_policy_engine(models: Path, beta: float, kind: str, threads: int = 1, version: int | None = None) -> Engine:
+    """The engine for a guidance strength: `policy` for 1 (no second pass), `policy_guided` above. version: None = the
+    highest."""
     if not 1.0 <= beta <= 100.0:
         raise EngineError(f"beta: expected a guidance strength from 1 (none) to 100, got {beta}")
-    return load_engine(models, "policy" if beta == 1.0 else "policy_guided", kind, threads)
+    return load_engine(models, "policy" if beta == 1.0 else "policy_guided", kind, threads, version)
 
 
 class PolicyPipeline:

@@ -27,10 +27,14 @@ class SafeActions:
         with np.errstate(invalid="ignore"):
             slack = np.nan_to_num(_ROUNDING * (self._high - self._low), nan=0.0, posinf=0.0)
         self._below, self._above = self._low - slack, self._high + slack
+        finite = np.finfo(np.float32)
+        self._least, self._most = np.maximum(self._low, finite.min), np.minimum(self._high, finite.max)
         self._limits, self._unsafe = limits, unsafe
 
     def __call__(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [T, A] in physical units -> the same, safe. Raises ServiceError `internal`."""
+        if ((actions >= self._least) & (actions <= self._most)).all():  # nearly always; NaN is neither
+            return actions
         if not np.isfinite(actions).all():
             self._unsafe("nonfinite")
             raise ServiceError(
@@ -41,8 +45,6 @@ class SafeActions:
                 got="NaN or infinity",
             )
         safe = np.clip(actions, self._low, self._high)
-        if np.array_equal(safe, actions):  # nearly always
-            return actions
         beyond = (actions < self._below) | (actions > self._above)
         if beyond.any():
             self._unsafe("limit")

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from recap_model.spec import PolicySpec, spec_to_json
+from services.common import tracing
 from services.common.auth import Gate
 from services.common.batcher import Batcher
 from services.common.drain import Connections
@@ -22,6 +23,7 @@ from services.common.metrics import PolicyMetrics
 from services.common.observation import Observation
 from services.common.settings import Limits, PolicySettings, limits_for
 from services.common.tap import CriticTap
+from services.common.throttle import Throttle
 from services.policy.chaining import Switched
 from services.policy.models import Models
 from services.policy.pipeline import Chunk, milliseconds
@@ -51,6 +53,7 @@ class PolicyService:
 
     def __init__(self, engine: Engine, settings: PolicySettings) -> None:
         self.settings = settings
+        self.tracing = tracing.from_environment("recap-policy")
         self.metrics = PolicyMetrics()
         self.connections = Connections()
         self.models = Models(engine, settings, self.metrics)
@@ -62,6 +65,7 @@ class PolicyService:
         )
         self.limits: Limits = limits_for(engine.spec.robot)
         self.tap: CriticTap | None = None
+        self._reported = Throttle()
         self._names: set[int] = set()
         self._seeds = itertools.count()
         self._served = itertools.count()
@@ -100,6 +104,8 @@ class PolicyService:
             self.tap.close()
         if self.recorder is not None:
             self.recorder.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     def not_ready(self) -> str | None:
         if self.connections.draining:
@@ -136,9 +142,18 @@ class PolicyService:
             self._names.discard(number)
             self.metrics.sessions.dec()
 
+    def request(self, dialect: str, received: float, sent: object = None) -> AbstractContextManager[None]:
+        """Counts a request, its result and its failures, and holds a shutdown back until it is answered.
+
+        received: `time.perf_counter` of its last byte. sent: the `traceparent` that came with it.
+        """
+        counted = self._counted(dialect)
+        if self.tracing is None:
+            return counted
+        return self.tracing.request("act", dialect=dialect, received=received, sent=sent, around=counted)
+
     @contextmanager
-    def request(self, dialect: str) -> Iterator[None]:
-        """Counts a request, its result and its failures, and holds a shutdown back until it is answered."""
+    def _counted(self, dialect: str) -> Iterator[None]:
         try:
             with self.connections.request():
                 yield
@@ -159,6 +174,9 @@ class PolicyService:
             # noise that can be made again: for the shadow, and for a recording that is replayed
             options["seed"] = int(session.generator.integers(2**31))
         chunk, slot = await self.models.act(session, observation, options)
+        session.model = slot.identity
+        if self.tracing is not None:
+            self.tracing.note({"model.version": slot.engine.version, "model.hash": slot.engine.hash[:12]})
         if shadow:
             self.models.show_shadow(observation, options, chunk)
         if self.recorder is not None:
@@ -179,6 +197,8 @@ class PolicyService:
         they came), the recording. t_obs: by the robot's clock, None where the protocol has none. A front calls this in
         the same step of the event loop in which its `act` came back."""
         self._measure(session, timing, received)
+        if self.tracing is not None:
+            self.tracing.decoded(timing["decode_ms"] / 1000, {"robot": session.robot, "episode": session.episode})
         if self.recorder is not None:
             seq = next(self._served)  # the critic's answer carries it back
             self._record(self.recorder, session, observation, timing, t_obs=t_obs, number=seq)
@@ -248,13 +268,10 @@ class PolicyService:
         }
 
     def _measure(self, session: Session, timing: Mapping[str, float], received: float) -> None:
-        """Put a sent reply into the histograms."""
+        """Put a reply into the histograms, after it is on its way."""
         total = time.perf_counter() - received
-        stages = {stage: timing[f"{stage}_ms"] / 1000 for stage in ("decode", "queue", "infer")}
-        stages |= {"encode": max(total - sum(stages.values()), 0.0), "total": total}
-        for stage, seconds in stages.items():
-            self.metrics.latency[stage].observe(seconds)
         session.last_total_ms = 1000 * total
+        asyncio.get_running_loop().call_soon(self.metrics.replied, timing, total)
 
     def _show_critic(self, session: Session, observation: Observation, *, seq: int, t_obs: float) -> None:
         """Offer an answered observation to the critic, its frames as they came (JPEG stays JPEG)."""
@@ -271,6 +288,8 @@ class PolicyService:
             "act_latency_ms": session.last_total_ms,
             "observation": {"images": images, "state": observation.state, "prompt": observation.prompt},
         }
+        if self.tracing is not None:
+            message |= self.tracing.told()
         asyncio.get_running_loop().call_soon(self.tap.observe, message)  # after the reply is on its way
 
     def switched(self, switch: Switched | None) -> None:
@@ -291,8 +310,9 @@ class PolicyService:
             self.tap.event(message)
 
     def report(self, fault: Fault, dialect: str) -> None:
-        """Log a caller's mistake, so that the operator sees it too."""
-        log.warning("request refused", dialect=dialect, **fault.to_message())
+        """Log a caller's mistake, so that the operator sees it too; of each dialect and code one a second."""
+        if (more := self._reported.passes((dialect, fault.code))) is not None:
+            log.warning("request refused", dialect=dialect, **fault.to_message(), **more)
 
 
 def _recording_key(session: Session) -> Hashable:

@@ -1,5 +1,6 @@
 """One robot's connection: who it is, its noise, and which of its observations is the newest."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,8 @@ from services.common.errors import ServiceError
 class Session:
     """robot and episode name it towards the critic; fronts whose protocol has no names leave the defaults.
 
-    forward: False for a robot that sends the critic its frames itself; the service then does not.
+    forward: False for a robot that sends the critic its frames itself; the service then does not. model: name, version
+    and hash of the one that gave the latest chunk, and that very map for as long as it is the same model.
     """
 
     robot: str
@@ -22,6 +24,7 @@ class Session:
     task: str | None = None
     forward: bool = True
     last_total_ms: float | None = None
+    model: Mapping[str, str] | None = None
     _arrived: int = 0
     _submitted: int = field(default=0)
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class Slot:
     in_flight: int = 0
     retired: bool = False
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """name, version and content hash."""
         return {"name": self.engine.name, "version": self.engine.version, "hash": self.engine.hash}

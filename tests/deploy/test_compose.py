@@ -41,6 +41,22 @@ def test_the_file_fits_the_compose_schema() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_traces_are_off_and_can_be_turned_on_from_outside() -> None:
+    """By every process of ours that makes them."""
+    for name, service in SERVICES.items():
+        if not str(service["image"]).startswith(("recap-policy", "recap-critic", "recap-client")):
+            continue
+        assert filled(service["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"]) == "", name
+        assert filled(service["environment"]["OTEL_TRACES_SAMPLER"]) == "parentbased_always_on", name
+
+
+def test_grafana_knows_how_often_prometheus_looks() -> None:
+    """Else $__rate_interval is made for another interval, and pictures have gaps."""
+    sources = yaml.safe_load((ROOT / "docker/grafana/datasources.yml").read_text())["datasources"]
+    config = yaml.safe_load((ROOT / "deploy/observability/prometheus.yml").read_text())
+    assert [source["jsonData"]["timeInterval"] for source in sources] == [config["global"]["scrape_interval"]]
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_is_whole(profile: str) -> None:
     services = of(profile)

@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dockerfile_steps as docker
+from engine_laws import batch
+from services.common.engine import load_engine
+from triton_server import environment as triton_environment
+from triton_server import free_ports, triton_repository
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = {path.name.removesuffix(".Dockerfile"): path for path in sorted((ROOT / "docker").glob("*.Dockerfile"))}
@@ -94,6 +99,21 @@ def test_the_parser_sees_stages_copies_and_joined_lines(tmp_path: Path) -> None:
     file.write_text("RUN first\n")
     with pytest.raises(ValueError, match="expected FROM first, got RUN first"):
         docker.read(file)
+
+
+def test_a_build_may_be_given_arguments_and_another_source(tmp_path: Path) -> None:
+    (tmp_path / "context/wheels").mkdir(parents=True)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.whl").write_text("other")
+    file = tmp_path / "Dockerfile"
+    file.write_text('FROM a:1.2\nARG OPTIONS=""\nCOPY wheels /wheels\nRUN echo "<$OPTIONS>" > /wheels/options\n')
+    root, kept = tmp_path / "root", tmp_path / "kept"
+    kept.mkdir()
+    arguments, instead = {"OPTIONS": "--no-index -q"}, {"wheels": tmp_path / "others"}
+    text = docker.script(docker.read(file), tmp_path / "context", root, kept, arguments, instead)
+    subprocess.run(["bash", "-c", text], check=True, capture_output=True)
+    assert (root / "wheels/a.whl").read_text() == "other"
+    assert (root / "wheels/options").read_text() == "<--no-index -q>\n"
 
 
 def test_the_script_builds_the_last_stage_from_what_was_copied_alone(tmp_path: Path) -> None:
@@ -177,8 +197,11 @@ def test_the_entry_point_reads_secrets_from_files_and_becomes_the_command(tmp_pa
 
 
 @contextmanager
-def built(name: str) -> Iterator[tuple[Path, docker.Stage, dict[str, str]]]:
-    """An image's last stage in a folder, and the variables of its container. Others may read it, none may write."""
+def built(name: str, wheels: Path | None = None) -> Iterator[tuple[Path, docker.Stage, dict[str, str]]]:
+    """An image's last stage in a folder, and the variables of its container. Others may read it, none may write.
+
+    wheels: as filled by scripts/wheels: it is then built from them alone, without a network and with empty caches.
+    """
     work = Path(tempfile.mkdtemp(prefix=f"recap-image-{name}-"))
     try:
         root, kept, base = work / "root", work / "kept", work / "base"
@@ -190,8 +213,13 @@ def built(name: str) -> Iterator[tuple[Path, docker.Stage, dict[str, str]]]:
         clean.setdefault(
             "UV_CACHE_DIR", str(Path.home() / ".cache/uv")
         )  # wheels, so that this does not take the network
-        text = docker.script(stages, ROOT, root, kept)
-        done = subprocess.run(["bash", "-c", text], env=clean, capture_output=True, text=True, check=False)
+        shell, arguments, instead = ["bash", "-c"], dict[str, str](), dict[str, Path]()
+        if wheels is not None:
+            clean = {"PATH": clean["PATH"], "HOME": str(work)}
+            shell = ["unshare", "--map-root-user", "--net", *shell]
+            arguments, instead = {"INSTALL_OPTIONS": "--no-index"}, {"docker/wheels": wheels}
+        text = docker.script(stages, ROOT, root, kept, arguments, instead)
+        done = subprocess.run([*shell, text], env=clean, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         shutil.rmtree(kept)
         (work / "tmp").mkdir()
@@ -240,9 +268,10 @@ def locked() -> dict[str, str]:
 
 
 def check_contents(root: Path) -> None:
-    """Only locked versions, and nothing that trains."""
+    """Only locked versions, what traces need, and nothing that trains."""
     found = installed(root)
     ours = {"recap-client", "recap-stack"}
+    assert {"opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"} <= set(found), "the extra `trace`"
     assert {n: v for n, v in found.items() if n not in ours and locked().get(n) != v} == {}
     assert not {"torch", "transformers", "lerobot", "pip", "pytest"} & set(found)
     assert not (root / "opt/recap/lib/python3.12/site-packages/training").exists()
@@ -265,9 +294,9 @@ def healthy(stage: docker.Stage, root: Path, environment: dict[str, str]) -> str
 
 
 @contextmanager
-def running(name: str) -> Iterator[int]:
+def running(name: str, wheels: Path | None = None) -> Iterator[int]:
     """A service from its image's steps, healthy by its own health check, on a port."""
-    with built(name) as (root, stage, environment):
+    with built(name, wheels) as (root, stage, environment):
         check_contents(root)
         shutil.copytree(ROOT / "assets/model_repository", root / "models")
         port = free_port()
@@ -301,6 +330,53 @@ def test_the_steps_of_the_critic_image_make_a_service() -> None:
             [sys.executable, ROOT / "docker/healthcheck.py", f"http://127.0.0.1:{port}/metrics"], check=False
         )
         assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_policy_image_is_built_from_wheels_without_a_network(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts/wheels", "policy", tmp_path], env={**os.environ, "RECAP_PYTHON": str(PYTHON)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not list(tmp_path.glob("recap_*")), "ours are built in the image"
+    with running("policy", tmp_path) as port:
+        assert health(f"http://127.0.0.1:{port}/readyz").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_the_steps_of_the_triton_image_serve_the_models() -> None:
+    """The server is that of PyPI in place of NVIDIA's; its python backend takes what the image's steps installed."""
+    with built("triton") as (root, stage, environment):
+        base = root.parent / "base/bin"
+        listed = subprocess.run([base / "python3", "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
+        found = dict(line.split("==") for line in listed.stdout.split())
+        assert {"numpy", "onnxruntime"} <= set(found)
+        assert {n: v for n, v in found.items() if locked().get(n) != v} == {}
+        server = triton_environment() / "bin"
+        text = (server / "tritonserver").read_text()
+        assert f'PATH="{server}:' in text
+        (base / "tritonserver").write_text(text.replace(f'PATH="{server}:', f'PATH="{base}:'))
+        (base / "tritonserver").chmod(0o755)
+        models = triton_repository(root / "models", models=("policy",))
+        ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
+        environment |= {"PATH": f"{base}:/usr/bin:/bin", "HOME": str(root.parent / "tmp")}
+        environment["RECAP_HEALTH_URL"] = f"http://127.0.0.1:{ports['http']}/v2/health/ready"
+        arguments = json.loads(stage.last("CMD") or "[]")
+        arguments += [f"--{name}-port={port}" for name, port in ports.items()]
+        arguments += [f"--{name}-address=127.0.0.1" for name in ports]
+        with container(root, stage.command(*arguments), environment) as process:
+            until = time.monotonic() + 120
+            while (trouble := healthy(stage, root, environment)) and time.monotonic() < until:
+                assert process.poll() is None, f"exit code {process.returncode}"
+                time.sleep(0.5)
+            assert not trouble
+            engine = load_engine(models, "policy", f"triton@grpc://127.0.0.1:{ports['grpc']}")
+            inputs = batch(engine, 3)
+            ours, theirs = engine.run(inputs), load_engine(models, "policy").run(inputs)
+            engine.close()
+        assert np.abs(ours["actions"] - theirs["actions"]).max() <= 1e-5
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The Kubernetes manifests as `kubectl kustomize` renders them: schemas, rules, and that they fit each other."""
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,28 @@ def test_the_schemas_refuse_what_they_do_not_know() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_manifests_keep_the_rules(folder: str) -> None:
     assert violations(rendered(folder)) == []
+
+
+def test_traces_are_a_component_that_no_overlay_has(tmp_path: Path) -> None:
+    for folder in OVERLAYS:
+        assert "OTEL_" not in _rendered(folder)
+        own = tmp_path / folder
+        own.mkdir(parents=True)
+        (own / "kustomization.yaml").write_text(
+            f"resources: [{os.path.relpath(ROOT / 'k8s' / folder, own)}]\n"
+            f"components: [{os.path.relpath(ROOT / 'k8s/components/traces', own)}]\n"
+        )
+        done = subprocess.run(["kubectl", "kustomize", own], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        manifests: list[Manifest] = list(yaml.load_all(done.stdout, yaml.CSafeLoader))
+        assert violations(manifests) == []
+        assert find(manifests, "NetworkPolicy", "traces")["spec"]["egress"][0]["ports"][0]["port"] == 4318
+        for name in ("policy", "critic"):
+            container = pod(manifests, name)["containers"][0]
+            variables = {item["name"]: item.get("value") for item in container["env"]}
+            assert container["name"] == name and "RECAP_API_KEY" in variables
+            assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://otel-collector.monitoring.svc:4318"
+            assert variables["OTEL_TRACES_SAMPLER_ARG"] == "0.01"
 
 
 def policy_container(manifests: list[Manifest]) -> Manifest:

@@ -1,6 +1,7 @@
 """Robots that LeRobot drives: its classes and factory, the real service, the real loop; only the body is simulated."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import recap_client.robots.registry as registry
+from recap_client import verdict
 from recap_client.fleet import FleetSettings, Job, run_fleet
 from recap_client.policy import RemotePolicy
 from recap_client.robots.base import RobotError
@@ -17,7 +19,7 @@ from recap_client.runtime import LoopSettings
 from recap_client.spec import SpecError
 from repository_factory import TASKS
 from scripted_service import ScriptedService
-from service_harness import policy_server
+from service_harness import eventually, policy_server
 
 FAST = LoopSettings(realtime=False)
 
@@ -60,6 +62,23 @@ def test_episodes_of_a_lerobot_arm_with_the_real_service(
     np.testing.assert_allclose(proposed, np.clip(rollout.proposed, -20, 20), rtol=1e-6)
     # what is recorded as done is what LeRobot says was sent, its own limit included
     np.testing.assert_allclose(rollout.action[0], np.clip(proposed[0], -5, 5), rtol=1e-6)
+
+
+def test_the_operator_ends_an_episode_of_an_arm_that_cannot_tell(
+    plugin: Any, options: dict[str, object], tmp_path: Path
+) -> None:
+    with ScriptedService(plugin.SPEC, act=lambda _: np.ones((8, 3), np.float32)) as service:
+        arm = {**options, "episode_s": 3600}
+        settings = FleetSettings("lerobot:simulated_arm", arm, service.url, record=tmp_path, loop=LoopSettings())
+        speaking = threading.Thread(
+            target=lambda: (eventually(lambda: len(service.of_type("act")) > 1), verdict.say("success"))
+        )
+        speaking.start()
+        (result,) = run_fleet([Job(TASKS[0], 4)], settings)
+        speaking.join(20)
+        assert [message["success"] for message in service.of_type("outcome")] == [True]
+    assert (result.success, result.reason) == (True, "success")
+    assert plugin.SimulatedArm.instances[-1].sent[-1]["pan.pos"] <= 1.0, "at the end it holds where it is"
 
 
 def test_holding_takes_the_position_once(plugin: Any, options: dict[str, object]) -> None:

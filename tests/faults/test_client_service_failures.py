@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recap_client.cli import main
 from recap_client.fleet import FleetError, FleetSettings, Job, jobs_for, run_fleet
 from recap_client.policy import RemotePolicy
 from recap_client.record import read_rollout
@@ -170,6 +171,21 @@ def test_only_a_proxy_that_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch,
         session.close()
     assert ambient.asked == []
     assert ours.asked == ([] if wanted == "none" else [f"CONNECT 127.0.0.1:{service.port} HTTP/1.1"])
+
+
+def test_every_caller_takes_the_proxy_of_its_own_arguments() -> None:
+    """As an argument and not in the environment, where it would be that of every connection of the process."""
+    before = dict(os.environ)
+    with ScriptedService(TOY_SPEC) as service, Relay(service.port) as way:
+        address = f"http://127.0.0.1:{way.port}"
+        run_fleet([Job("right", 0)], FleetSettings("toy_robot:ToyRobot", {}, service.url, proxy=address))
+        assert main(["spec", "--url", service.url, "--proxy", address]) == 0
+        assert main(["bench", "--url", service.url, "--requests", "1", "--proxy", address]) == 0
+        assert way.asked == [f"CONNECT 127.0.0.1:{service.port} HTTP/1.1"] * 4
+    with ScriptedService(TOY_SPEC, "critic") as judge, Relay(judge.port) as way:
+        RemoteCritic(judge.url, TOY_SPEC, proxy=f"http://127.0.0.1:{way.port}").session.close()
+        assert way.asked == [f"CONNECT 127.0.0.1:{judge.port} HTTP/1.1"]
+    assert dict(os.environ) == before
 
 
 def test_a_proxy_that_is_not_there_is_named() -> None:

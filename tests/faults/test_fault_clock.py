@@ -17,6 +17,7 @@ LABELS = {
     "services/common/audit_log.py": "when a model was changed",
     "services/common/auth.py": "whether a key has expired, which is a date",
     "services/common/keys.py": "when a key was made",
+    "services/common/spans.py": "times of spans, for viewers",
     "services/policy/recording_files.py": "names of files",
 }
 """Files that may read the wall clock, and what for: dates for people, nothing that a robot's next action hangs on."""

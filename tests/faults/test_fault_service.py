@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.network_proxy import NetworkProxy
 from fault_world import ChildService, Outage, drive, marked_service
-from faulty_proxy import FaultyProxy
 from service_harness import Served, critic_server, eventually
 
 
@@ -55,7 +55,7 @@ def test_the_critic_is_gone(models: Path, tmp_path: Path) -> None:
     """It costs its values and nothing else: the robot acts on, and values come again afterwards."""
     with (
         critic_server(models) as critic,
-        FaultyProxy(critic.port) as proxy,
+        NetworkProxy(critic.port) as proxy,
         marked_service(models, critic_url=proxy.url("/value")) as service,
     ):
         judged, acted = [0, 0], [0, 0]

@@ -1,5 +1,6 @@
 """`recap serve` as processes: ready, signals, taken ports, children that die."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repository_factory import robot_spec
+from model_versions import add_version
+from repository_factory import build_repository, robot_spec
 from service_harness import NativeClient, act, eventually, fetch
 
 SPEC = robot_spec()
@@ -139,11 +141,27 @@ def test_a_taken_port_is_one_clear_line(models: Path) -> None:
             assert "\n" not in str(error.value)
 
 
+def test_a_restart_serves_the_version_that_is_named(tmp_path: Path) -> None:
+    from services.cli import serve
+    from services.common.repository import RepositoryError
+
+    models, port, audit = build_repository(tmp_path / "models", models=("policy",)), free_port(), tmp_path / "audit"
+    add_version(models, 2)
+    arguments = ["policy", "--models", models, "--policy-port", port, "--audit", audit]
+    with served(*arguments, "--model-version", 1, log=tmp_path / "log") as process:
+        process.ready()
+        with NativeClient(f"ws://127.0.0.1:{port}/act") as client:
+            assert client.welcome["model"]["version"] == "1"
+    start = json.loads(audit.read_text())
+    assert (start["what"], start["options"], start["to"]["live"]["version"]) == ("start", {"version": 1}, "1")
+    with pytest.raises(RepositoryError, match=r"policy: expected a version folder 9, got \[1, 2\]$"):
+        serve([*map(str, arguments), "--model-version", "9"])
+
+
 def test_a_policy_and_a_critic_of_different_robots_are_refused(models: Path, tmp_path: Path) -> None:
     import shutil
 
     from recap_client.spec import SpecError
-    from repository_factory import build_repository
     from services.cli import serve
 
     build_repository(tmp_path, size=32, models=["critic"])

@@ -135,7 +135,7 @@ class _Front:
         if not isinstance(endpoint, str):
             raise bad_field("bad_message", "endpoint", "text", type(endpoint).__name__)
         if endpoint == "get_action":
-            with self._service.request(DIALECT):
+            with self._service.request(DIALECT, received):
                 return await self._act(robot, request.get("data"), received)
         if endpoint == "ping":
             return pack({"status": "ok", "message": "Server is running"}, robot.arrays)

@@ -215,8 +215,9 @@ class _Front:
             waiting = await self._next(robot)
             if waiting is None:
                 return b""
-            with self._service.request(DIALECT):
-                return await self._answer(robot, waiting)
+            picked_up = time.perf_counter() - waiting.decode_s  # not the time for which the client did not ask
+            with self._service.request(DIALECT, picked_up):
+                return await self._answer(robot, waiting, picked_up)
         finally:
             robot.fetching = False
 
@@ -229,9 +230,8 @@ class _Front:
         waiting, robot.newest = robot.newest, None
         return waiting
 
-    async def _answer(self, robot: _Robot, waiting: _Waiting) -> bytes:
+    async def _answer(self, robot: _Robot, waiting: _Waiting, picked_up: float) -> bytes:
         service, session, seen = self._service, robot.session, waiting.seen
-        picked_up = time.perf_counter() - waiting.decode_s  # not the time for which the client did not ask
         chunk = await service.act(session, seen.observation, ticket=waiting.ticket)
         robot.check_alone()
         timing = service.timing(chunk, picked_up, 1000 * waiting.decode_s)

@@ -5,6 +5,7 @@ import time
 from fastapi import WebSocket
 
 from recap_client import wire
+from services.common import tracing
 from services.common.auth import Caller
 from services.common.channel import SUBPROTOCOL, Channel, Message, Received, number, text, whole
 from services.common.errors import ServiceError, bad_field
@@ -33,10 +34,11 @@ async def serve_native(socket: WebSocket, service: PolicyService, caller: Caller
 class _Front:
     def __init__(self, service: PolicyService, session: Session) -> None:
         self._service, self._session = service, session
+        self._told = service.models.live.identity  # by the welcome, which follows at once
 
     async def act(self, received: Received) -> bytes:
         ticket = self._session.arrive()  # before the first await: arrival decides which observation is the newest
-        with self._service.request(SUBPROTOCOL):
+        with self._service.request(SUBPROTOCOL, received.at, received.body.get(tracing.FIELD)):
             return await self._act(received.body, received.at, ticket)
 
     async def _act(self, body: Message, at: float, ticket: int) -> bytes:
@@ -63,18 +65,19 @@ class _Front:
             previous=previous,
         )
         timing = service.timing(chunk, at, decode_ms)
-        reply = wire.pack(
-            {
-                "type": "chunk",
-                "seq": seq,
-                "t_obs": t_obs,
-                "actions": chunk.actions,
-                "server_timing": timing,
-                "t_server": time.monotonic(),
-            }
-        )
+        reply = {
+            "type": "chunk",
+            "seq": seq,
+            "t_obs": t_obs,
+            "actions": chunk.actions,
+            "server_timing": timing,
+            "t_server": time.monotonic(),
+        }
+        if session.model is not self._told:
+            reply["model"] = session.model
+        packed = wire.pack(reply)
         service.answered(session, raw, timing, at, seq=seq, t_obs=t_obs)
-        return reply
+        return packed
 
     async def reset(self, received: Received) -> Message:
         body, session = received.body, self._session

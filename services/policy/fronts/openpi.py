@@ -58,7 +58,7 @@ async def serve_openpi(socket: WebSocket, service: PolicyService, caller: Caller
                 if asked.reset:
                     await socket.send_text(_reset(service, session, asked.body))
                     continue
-                with caller.request(), service.request(dialect):
+                with caller.request(), service.request(dialect, received):
                     reply = await _answer(service, session, asked, previous_ms)
             except Exception as error:
                 await _refuse(socket, service, fault_of(error), dialect)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from recap_model.observation import ObservationError
-from services.common import json_numpy
+from services.common import json_numpy, tracing
 from services.common.entry import peer_of, refusal
 from services.common.errors import Fault, bad_field, fault_of
 from services.common.http import read_body
@@ -49,7 +49,8 @@ def openvla_router(service: PolicyService) -> APIRouter:
         try:
             caller = service.gate.admit(request.headers, peer_of(request), "act")
             caller.spend(1, 0)
-            with caller.request(), service.request(DIALECT), service.session(DIALECT) as session:
+            sent = request.headers.get(tracing.FIELD)
+            with caller.request(), service.request(DIALECT, received, sent), service.session(DIALECT) as session:
                 session.forward = False  # a request that names no robot has no episode for the critic to follow
                 body = await read_body(request, service.limits.message * 4 // 3)
                 caller.spend(0, len(body))

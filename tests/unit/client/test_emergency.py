@@ -1,5 +1,7 @@
 """The emergency stop: a latch, its triggers, and what the loop does with it."""
 
+import contextlib
+import json
 import os
 import pty
 import select
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recap_client import verdict
 from recap_client.emergency import EmergencyStop, EmergencyStopped, armed, check, file_source, halt, signals
 from recap_client.policy import RemotePolicy
 from recap_client.robots.base import StepResult
@@ -23,6 +27,7 @@ from recap_client.runtime import LoopSettings, run_episode
 from scripted_service import ScriptedService
 from toy_robot import ToyHuman, ToyRobot
 
+Process = subprocess.Popen[bytes]
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -166,44 +171,101 @@ def test_demonstrations_obey_too() -> None:
     assert (result.reason, result.steps) == ("stopped", 3)
 
 
-def test_the_keys_of_the_terminal_stop_reset_and_leave_it_as_it_was(tmp_path: Path) -> None:
-    """`recap-client run` on a pseudo terminal: Space stops, the run waits, r goes on, the last line is the summary."""
+@contextlib.contextmanager
+def on_a_terminal(url: str, folder: Path, *, episodes: int, limit: int) -> Iterator[tuple[Process, int]]:
+    """`recap-client run` on a pseudo terminal, whose keys are what is written to the number."""
     import termios
 
-    robot = ToyRobot(limit=200, hz=50.0)
-    with ScriptedService(robot.spec, act=lambda _: np.zeros((8, 1), np.float32)) as service:
-        command = [sys.executable, "-m", "recap_client.cli", "run", "--robot", "toy_robot:ToyRobot", "--task", "right",
-                   "--robot-options", '{"limit": 100, "hz": 50}', "--url", service.url, "--episodes", "2",
-                   "--record", str(tmp_path), "--images", "jpeg"]  # fmt: skip
-        ours, theirs = pty.openpty()
-        before = termios.tcgetattr(theirs)
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}"}
-        # its own session, whose controlling terminal the pseudo terminal becomes
-        code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        code += f"os.execv(sys.executable, {command!r})"
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=environment, start_new_session=True)  # fmt: skip
-        try:
-            assert process.stderr is not None and process.stdout is not None
-            assert b"emergency stop: Space or Enter, kill -USR1" in _until(process.stderr, b"\n")
-            _wait(lambda: len(service.of_type("act")) >= 1)
-            os.write(ours, b" ")
-            assert b"STOPPED (key pressed)" in _until(process.stderr, b"Ctrl-C.")
-            asked = len(service.received)
-            time.sleep(0.3)
-            assert len(service.received) == asked and process.poll() is None, "it waits, and asks for nothing"
-            os.write(ours, b"r")
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            process.communicate()
-        after = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "recap_client.cli", "run", "--robot", "toy_robot:ToyRobot", "--task", "right",
+               "--robot-options", f'{{"limit": {limit}, "hz": 50}}', "--url", url, "--episodes", str(episodes),
+               "--record", str(folder), "--images", "jpeg"]  # fmt: skip
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    # its own session, whose controlling terminal the pseudo terminal becomes
+    code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code += f"os.execv(sys.executable, {command!r})"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment, start_new_session=True)  # fmt: skip
+    try:
+        yield process, ours
+        assert termios.tcgetattr(theirs) == before, "it is left as it was"
+    finally:
+        process.kill()
+        process.communicate()
         os.close(ours)
         os.close(theirs)
+
+
+def still(_: object) -> np.ndarray:
+    return np.zeros((8, 1), np.float32)
+
+
+def test_the_keys_of_the_terminal_stop_and_reset(tmp_path: Path) -> None:
+    """Space stops, the run waits, r goes on, the last line is the summary."""
+    with (
+        ScriptedService(ToyRobot(hz=50.0).spec, act=still) as service,
+        on_a_terminal(service.url, tmp_path, episodes=2, limit=100) as (process, keys),
+    ):
+        assert process.stderr is not None and process.stdout is not None
+        assert b"emergency stop: Space or Enter, kill -USR1" in _until(process.stderr, b"\n")
+        _wait(lambda: len(service.of_type("act")) >= 1)
+        os.write(keys, b" ")
+        assert b"STOPPED (key pressed)" in _until(process.stderr, b"Ctrl-C.")
+        asked = len(service.received)
+        time.sleep(0.3)
+        assert len(service.received) == asked and process.poll() is None, "it waits, and asks for nothing"
+        os.write(keys, b"r")
+        out, _ = process.communicate(timeout=60)
     lines = out.decode().splitlines()
     assert "stopped after" in lines[0] and "failed  after 100 steps" in lines[1] and process.returncode == 0
-    assert after == before
     assert read_rollout(tmp_path / "right-000000.mcap").reason == "stopped"
+
+
+def test_the_keys_of_the_terminal_end_episodes_with_an_outcome(tmp_path: Path) -> None:
+    """Success, failure, not worth keeping: each ends the running episode and no other, and is told to the service."""
+    with (
+        ScriptedService(ToyRobot(hz=50.0).spec, act=still) as service,
+        on_a_terminal(service.url, tmp_path, episodes=3, limit=100_000) as (process, keys),
+    ):
+        assert process.stderr is not None
+        told = _until(process.stderr, b"set aside)")
+        assert b"end the episode: s = success, f = failure, d = discard" in told
+        for number, key in enumerate((b"s", b"xF", b"d"), 1):  # what is no key means nothing
+            _wait(lambda n=number: len(service.of_type("reset")) == n)  # type: ignore[misc]
+            before = len(service.of_type("act"))
+            _wait(lambda n=before: len(service.of_type("act")) > n)  # type: ignore[misc]
+            os.write(keys, key)
+        out, _ = process.communicate(timeout=60)
+    lines = out.decode().splitlines()
+    assert "seed 0: success after" in lines[0] and "seed 1: failed  after" in lines[1]
+    assert "seed 2: discarded, the same command asks for it again, after" in lines[2]
+    summary = json.loads(lines[-1])
+    assert (summary["episodes"], summary["success_rate"], summary["discarded"], process.returncode) == (2, 0.5, 1, 0)
+    assert [message["success"] for message in service.of_type("outcome")] == [True, False]
+    kept = [read_rollout(path) for path in sorted(tmp_path.glob("*.mcap"))]
+    assert [(rollout.success, rollout.reason) for rollout in kept] == [(True, "success"), (False, "failure")]
+    aside = read_rollout(tmp_path / "right-000002.mcap.discarded")
+    assert (aside.success, aside.reason, aside.complete) == (None, "discarded", True)
+
+
+def test_a_word_said_before_an_episode_is_not_about_it() -> None:
+    verdict.say("discarded")
+    done = run_episode(ToyRobot(), "right", 0, teleoperator=ToyHuman, settings=LoopSettings(realtime=False))
+    assert (done.reason, done.success) == ("success", True)
+
+
+def test_the_operator_knows_better_than_the_robot_and_it_holds() -> None:
+    class Seen(ToyRobot):
+        def act(self, action: np.ndarray) -> StepResult:
+            result = super().act(action)
+            if result.done:
+                verdict.say("failure")
+            return result
+
+    robot = Seen()
+    done = run_episode(robot, "right", 0, teleoperator=ToyHuman, settings=LoopSettings(realtime=False))
+    assert (done.reason, done.success) == ("failure", False) and robot.log[-1] is None
 
 
 def _until(stream: object, token: bytes, seconds: float = 60.0) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recap_client.cli import main
 from recap_client.intervention import TakeoverRule
 from recap_client.policy import RemotePolicy
 from recap_client.record import read_rollout
@@ -38,6 +39,21 @@ def test_fast_episode_executes_four_of_each_chunk_and_reports(tmp_path: Path) ->
     np.testing.assert_array_equal(rollout.chunk, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     np.testing.assert_allclose(rollout.state[:, 0], 0.1 * np.arange(10), atol=1e-6)
     assert not rollout.intervention.any() and np.isnan(rollout.value).all()
+
+
+def test_the_log_names_the_model_of_every_chunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head names that of the start; the second of the three chunks comes from another."""
+    robot = ToyRobot()
+    with ScriptedService(robot.spec, script=lambda n: "model:2" if n == 1 else "") as service:
+        policy = RemotePolicy(service.url, robot.spec)
+        run_episode(robot, "right", 3, policy=policy, recording=tmp_path / "e.mcap", settings=FAST)
+        policy.close()
+    rollout = read_rollout(tmp_path / "e.mcap")
+    other = {"name": "scripted", "version": "2", "hash": "2" * 64}
+    assert rollout.policy is not None and rollout.policy["version"] == "1"
+    assert rollout.models == dict.fromkeys([4, 5, 6, 7], other)
+    assert main(["replay", str(tmp_path / "e.mcap")]) == 0
+    assert "4 steps by other models: version 2" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_requests() -> None:

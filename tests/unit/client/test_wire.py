@@ -145,3 +145,11 @@ def test_broken_images_give_image_error(data: bytes) -> None:
 def test_wrong_frames_are_refused_when_encoding(image: object) -> None:
     with pytest.raises(ImageError, match=r"uint8 \[H, W, 3\]"):
         encode_png(image)  # type: ignore[arg-type]
+
+
+def test_arrays_are_read_only_and_outlive_the_buffer() -> None:
+    numbers = np.arange(1000, dtype=np.float32)
+    buffer = bytearray(pack({"x": numbers}))
+    got = unpack(buffer)["x"]
+    buffer[:] = bytes(len(buffer))
+    assert np.array_equal(got, numbers) and not got.flags.writeable

@@ -213,6 +213,20 @@ def test_a_batcher_learns_its_run_times_and_tells_how_busy_the_engine_was(models
     run(test)
 
 
+def test_a_warm_engine_refuses_the_first_hopeless_deadline_and_answers_the_next(models: Path) -> None:
+    async def test() -> None:
+        engine = SpyEngine(load_engine(models, "policy"))
+        engine.run_times = dict.fromkeys(engine.batch_sizes, 5.0)
+        batcher = Batcher(engine)
+        with pytest.raises(ServiceError, match=r"^not run: the answer would take at least 5000\.\d ms"):
+            await batcher.run("a", sample(0), deadline_s=1.0)
+        assert engine.calls == []
+        await batcher.run("a", sample(0), deadline_s=20.0)
+        batcher.close()
+
+    run(test)
+
+
 def test_the_robot_that_runs_out_first_is_in_the_first_batch(models: Path) -> None:
     async def test() -> None:
         async with batching(models) as (batcher, engine):

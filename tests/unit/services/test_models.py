@@ -12,9 +12,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_versions import SHIFT, add_version
+from recap_client.policy import RemotePolicy
+from recap_client.robots.base import Observation
 from recap_model.cli import main
-from repository_factory import build_repository, robot_spec
-from service_harness import NativeClient, Served, act, eventually, fetch, policy_server
+from repository_factory import TASKS, build_repository, robot_spec
+from service_harness import NativeClient, Served, act, eventually, fetch, observation, policy_server
 from services.common.settings import ModelSource
 from services.policy.models import difference, position
 
@@ -236,11 +238,34 @@ def test_only_admins_change_models_and_only_where_there_are_some(repository: Pat
         assert post(served, "load", {"version": 2, "state": "shadow"})[0] == 200
 
 
+def test_a_reply_names_its_model_when_it_is_not_that_of_the_welcome(repository: Path) -> None:
+    with serving(repository) as served, NativeClient(served.url()) as client:
+        assert "model" not in client.ask(act(SPEC))
+        policy = RemotePolicy(served.url(), SPEC)
+        policy.reset("e1", TASKS[0])
+        seen = observation(SPEC)
+        looked = Observation(seen["images"], seen["state"], 0.0)
+        assert policy.infer(looked, TASKS[0]).model == policy.identity == client.welcome["model"]
+        change(served, "load", version=2, state="live", force=True)
+        live = served.service.models.live.identity
+        assert client.ask(act(SPEC))["model"] == live and live["version"] == "2"
+        assert policy.infer(looked, TASKS[0]).model == live and policy.identity["version"] == "1"
+        change(served, "rollback")
+        assert "model" not in client.ask(act(SPEC)) and policy.infer(looked, TASKS[0]).model == policy.identity
+        policy.close()
+        with NativeClient(served.url()) as late:
+            change(served, "rollback")
+            assert late.welcome["model"]["version"] == "1" and late.ask(act(SPEC))["model"] == live
+
+
 def test_every_change_is_on_record_with_who_and_what(repository: Path) -> None:
     with serving(repository) as served:
         change(served, "load", version=2, state="live")
         refusal(served, "load", version=9, state="live")
     lines = [json.loads(line) for line in (repository.parent / "audit.jsonl").read_text().splitlines()]
+    start = lines.pop(0)
+    assert (start["who"], start["what"], start["options"]) == ("service", "start", {"version": None})
+    assert start["to"]["live"]["version"] == "1"
     assert [(line["what"], line["result"][:7]) for line in lines] == [
         ("load", "begun"), ("load", "done"), ("load", "begun"), ("load", "refused"),
     ]  # fmt: skip
@@ -292,6 +317,11 @@ def test_the_command_line_changes_models_and_says_what_is_wrong(
         assert json.loads(recap("promote", *at)[1])["live"]["version"] == "2"
         assert json.loads(recap("rollback", *at)[1])["previous"]["version"] == "2"
         assert json.loads(recap("list", *at)[1])["versions"] == [1, 2, 3]
+        main(["models", "list", *at])
+        assert "a restart serves version 3, unless `recap serve` has --model-version 1\n" in capsys.readouterr().out
+        recap("load", *at, "--version", "3", "--state", "live")
+        main(["models", "list", *at])
+        assert "a restart" not in capsys.readouterr().out
         code, line = recap("unload", *at)
         assert code == 2 and "409: no shadow is loaded" in line
     code, line = recap("list", *at)

@@ -168,6 +168,24 @@ def test_slow_runs_do_not_move_the_estimate_while_a_third_is_normal(slow: list[f
     assert times.seconds(1, 0.0) == 0.01
 
 
+@FEW
+@given(st.dictionaries(st.sampled_from(SIZES), st.floats(1e-4, 5.0), min_size=1), st.floats(0.0, 100.0))
+def test_what_the_warm_up_measured_is_known_at_once_and_forgotten_like_any_run(
+    seconds: dict[int, float], now: float
+) -> None:
+    warm, ran = RunTimes(SIZES), RunTimes(SIZES)
+    warm.start(seconds, now)
+    for size, value in seconds.items():
+        for _ in range(3):
+            ran.record(size, value, now)
+    for later in (0.0, 1.9, 2.1, 60.0):
+        assert [warm.seconds(size, now + later) for size in SIZES] == [ran.seconds(size, now + later) for size in SIZES]
+    assert all(warm.seconds(size, now) >= value for size, value in seconds.items())
+    for _ in range(16):  # as many as are kept
+        warm.record(1, 7.0, now)
+    assert warm.seconds(1, now) == 7.0
+
+
 def test_an_estimate_takes_three_runs_and_is_forgotten_when_nobody_renews_it() -> None:
     times = RunTimes(SIZES)
     for n in (1, 2, 3):

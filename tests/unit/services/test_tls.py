@@ -1,5 +1,6 @@
 """TLS with a CA of our own: those who trust it are served, those who do not are told; nobody is served in the clear."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 from websockets.sync.client import connect
 
 from recap_client import cli as client_cli
+from recap_client.fleet import FleetSettings, Worker
 from recap_client.policy import RemotePolicy
 from recap_client.robots.base import Observation
 from recap_client.session import ServiceUnavailable, Session
@@ -45,6 +47,12 @@ class Authority:
     @property
     def tls(self) -> Tls:
         return Tls(self.folder / "service.pem", self.folder / "service.key")
+
+
+class Arm:
+    """As much of a robot as a fleet needs to open its connections."""
+
+    spec = SPEC
 
 
 def openssl(folder: Path, *arguments: str) -> None:
@@ -101,6 +109,9 @@ def test_the_variable_and_the_option_name_the_authority(
     monkeypatch.setenv(CA_VARIABLE, str(authority.stranger))  # the option is stronger
     assert client_cli.main(["spec", "--url", url(served), "--tls-ca", str(authority.ca)]) == 0
     assert '"robot": "metaworld"' in capsys.readouterr().out
+    assert os.environ[CA_VARIABLE] == str(authority.stranger), "and of this command alone"
+    RemotePolicy(url(served), SPEC, tls_ca=authority.ca).close()
+    Worker(FleetSettings(f"{__name__}:Arm", policy_url=url(served), tls_ca=authority.ca)).close()
     monkeypatch.setenv(CA_VARIABLE, str(authority.ca))
     policy = RemotePolicy(url(served), SPEC)
     policy.reset("e", TASKS[0])
