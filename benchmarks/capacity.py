@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__)
-    parser.add_argument("--run-ms", default="1=3.31,2=5.11,4=8.47,8=15.42", help="milliseconds of a run by batch size")
+    parser.add_argument("--run-ms", default="1=2.31,2=3.88,4=7.31,8=14.37", help="milliseconds of a run by batch size")
     parser.add_argument("--overhead-ms", type=float, default=0.6, help="of the service, a request, the engine idle")
     parser.add_argument("--path-ms", type=float, default=1.0, help="of a request, beside the engine's work")
     parser.add_argument("--measured", type=Path, help="output of benchmarks.fleet, instead of these")

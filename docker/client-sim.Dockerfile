@@ -13,7 +13,7 @@ COPY clients/recap_client clients/recap_client
 # packaging: gymnasium imports it and does not say so
 RUN uv pip install --compile-bytecode --python /opt/recap/bin/python --find-links /wheels $INSTALL_OPTIONS \
     --constraints requirements/full.txt --build-constraints requirements/full.txt \
-    "./clients[sim]" packaging
+    "./clients[sim,trace]" packaging
 
 FROM python:3.12.12-slim-bookworm
 RUN apt-get update \

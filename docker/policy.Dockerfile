@@ -15,7 +15,7 @@ COPY recap_model recap_model
 COPY services services
 RUN uv pip install --compile-bytecode --python /opt/recap/bin/python --find-links /wheels $INSTALL_OPTIONS \
     --constraints requirements/full.txt --build-constraints requirements/full.txt \
-    ./clients ".[serve,fronts,triton]"
+    ./clients ".[serve,fronts,triton,trace]"
 
 FROM python:3.12.12-slim-bookworm
 COPY --from=build /opt/recap /opt/recap

@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.page import append
 from benchmarks.serve.options import OURS, PEER_NAMES, ServeBenchArgs
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: ServeBenchArgs) -> int:
     from benchmarks.serve import machine
     from benchmarks.serve.plan import Bench, Row, say, unmeasured
-    from benchmarks.serve.report import append, table
+    from benchmarks.serve.report import table
 
     hardware, busy = machine.hardware(), machine.busy()
     if busy > machine.BUSY:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class NullEngine:
 
     name, version, hash = "null", "0", "0" * 64
     batch_sizes: tuple[int, ...] = _BATCHES
+    run_times: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self, payload: Payload) -> None:
         self.spec = PolicySpec(payload.robot, CHUNK, _MAX_TOKENS)
@@ -57,7 +59,7 @@ class TinyEngine(NullEngine):
         super().__init__(payload)
         self._model: Engine = load_policy_engine(models, 1.0, "onnxruntime")
         self._model.warm_up()
-        self.batch_sizes = self._model.batch_sizes
+        self.batch_sizes, self.run_times = self._model.batch_sizes, self._model.run_times
         shapes = self._model.input_shapes
         self._cameras, height, width, _ = shapes["images"]
         self._rows = np.linspace(0, payload.height - 1, height).astype(int)

@@ -125,6 +125,7 @@ FLEET = Dashboard(
         (
             Panel("Up", _of('up{job=~"recap-.+|triton"}', "job", "instance"), "none",
                   "1 = its metrics can be read.", "stat"),
+            Panel("Ready", _of("recap_ready", "job", "instance"), "none", "1 = it would answer requests.", "stat"),
             Panel("Sessions", _of("sum by (job, instance) (recap_sessions)", "job", "instance"), "none"),
             Panel("Models loaded", _MODELS, "none", kind="table"),
         ),
