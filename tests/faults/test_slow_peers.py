@@ -201,7 +201,7 @@ def test_never_more_connections_than_files() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def taken(access: Access) -> int:
-        there = [SimpleNamespace(client=(f"10.0.0.{n % 250}", n)) for n in range(2000)]
+        there = [SimpleNamespace(client=(f"192.0.2.{n % 250}", n)) for n in range(2000)]
         full = (n for n in range(2000) if Doors(access, there[:n], print).why_not("192.0.2.1") is not None)
         return next(full)
 

@@ -260,7 +260,7 @@ def test_the_loop_sends_the_rows_that_remain_from_the_observations_step(continui
         continuing.engine.edit = lambda outputs: outputs
     assert len(result.delays) > 5 and set(result.delays) <= {2, 3, 4} and len(set(result.delays)) > 1
     assert result.starved == result.delays[0], "only until the first reply"
-    asked, used = 0, result.delays[0]
+    asked = used = 0  # by the actions that have run: none until the first reply, which is used from its first row on
     for number, call in enumerate(calls[1:], 1):
         start, step = asked, max(used, asked + 4)  # four rows, or as many as the reply took
         rest = np.clip(replies[number - 1][step - start :], -1, 1)
@@ -272,7 +272,7 @@ def test_the_loop_sends_the_rows_that_remain_from_the_observations_step(continui
         if number < len(result.delays):
             asked, used = step, step + result.delays[number]
     first = result.delays[0]
-    np.testing.assert_allclose(robot.done[first], np.clip(replies[0][first], -1, 1))
+    np.testing.assert_allclose(robot.done[first], np.clip(replies[0][0], -1, 1))
     assert result.act_latency_s[0] == pytest.approx(0.15, abs=0.05), "the simulated delay, not the machine's"
 
 
