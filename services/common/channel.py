@@ -13,9 +13,12 @@ from services.common.auth import Caller
 from services.common.errors import Fault, ServiceError, bad_field, fault_of
 from services.common.logs import get_logger
 from services.common.observation import with_text_keys
+from services.common.throttle import Throttle
 
 SUBPROTOCOL = "recap.v1"
 _MAX_PENDING = 16
+
+_FAILED = Throttle()
 
 log = get_logger("channel")
 
@@ -142,13 +145,10 @@ class Channel:
                 reply = await handler(received)
         except Exception as error:
             fault = fault_of(error)
-            if fault.code == "internal":
-                log.error(
-                    "request failed",
-                    type=received.body.get("type"),
-                    error=fault.message,
-                    exc_info=not isinstance(error, ServiceError),
-                )
+            kind = received.body.get("type")  # one of the handlers'
+            if fault.code == "internal" and (more := _FAILED.passes(kind)) is not None:
+                untyped = not isinstance(error, ServiceError)
+                log.error("request failed", type=kind, error=fault.message, exc_info=untyped, **more)
             reply = error_message(fault, received.body.get("seq"))
         await self._reply(reply)
 

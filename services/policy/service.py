@@ -160,10 +160,9 @@ class PolicyService:
         except Exception as error:
             fault = fault_of(error)
             self.metrics.count(dialect, fault.code)
-            if fault.code == "internal":
-                log.error(
-                    "act failed", dialect=dialect, error=fault.message, exc_info=not isinstance(error, ServiceError)
-                )
+            if fault.code == "internal" and (more := self._reported.passes((dialect, "internal"))) is not None:
+                untyped = not isinstance(error, ServiceError)
+                log.error("act failed", dialect=dialect, error=fault.message, exc_info=untyped, **more)
             raise
         self.metrics.count(dialect, "ok")
 

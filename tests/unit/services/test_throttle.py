@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from service_harness import fetch, policy_server
+from service_harness import NativeClient, act, fetch, policy_server
 from services.common.throttle import Throttle
 
 moments = st.lists(st.tuples(st.floats(0.0, 0.7), st.sampled_from("abc")), max_size=60)
@@ -46,3 +46,17 @@ def test_a_robot_that_is_wrong_at_control_rate_writes_a_line_a_second(models: Pa
         mine = [line for line in lines if line["code"] == code]
         assert 1 <= len(mine) <= most and "suppressed" not in mine[0]
         assert sum(1 + line.get("suppressed", 0) for line in mine) <= 20
+
+
+def test_an_engine_that_fails_at_control_rate_writes_few_tracebacks(models: Path) -> None:
+    """Every robot is told of every failure; the log of the first in a second, and of how many more there were."""
+    with policy_server(models) as served, capture_logs() as logs, NativeClient(served.url()) as client:
+        served.engine.failure = RuntimeError("device lost")
+        began = time.monotonic()
+        for number in range(20):
+            assert client.ask(act(served.service.spec.robot, number))["code"] == "internal"
+        most = 1 + time.monotonic() - began
+    for event in ("act failed", "request failed"):
+        mine = [line for line in logs if line["event"] == event]
+        assert 1 <= len(mine) <= most
+        assert 1 <= sum(1 + line.get("suppressed", 0) for line in mine) <= 20
