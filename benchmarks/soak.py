@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _one_arena()
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("recap_client").setLevel(logging.CRITICAL)  # the load loses connections on purpose
+    for name in ("recap_client", "websockets"):  # the load loses connections on purpose
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     spec = open_model(args.models, "policy").spec.robot
     ports = _free_port(), _free_port()
     with (args.out / "services.log").open("w") as log:

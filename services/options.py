@@ -68,6 +68,8 @@ class ServeArgs:
     """Forward at most so many observations a second and robot."""
     seed: int | None = None
     """Seed of the flow noise of sessions that send none."""
+    noise_scale: float = 1.0
+    """How much of its noise the flow begins at: 1 as in training, 0 for no chance at all (docs/protocol.md)."""
     record: Path | None = None
     """Keep what was served here, one MCAP an episode, for robots whose client cannot record (docs/recording.md)."""
     record_images: Literal["png", "jpeg"] = "png"

@@ -93,6 +93,7 @@ def _policy_app(args: ServeArgs) -> Any:
         critic_tls(args),
         source=ModelSource(args.models, kind, threads, admin_key_from(), args.audit, version),
         record=_recording(args),
+        noise_scale=args.noise_scale,
     )
     return create_app(engine, settings)
 

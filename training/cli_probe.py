@@ -33,6 +33,8 @@ class Probe:
     """Name, or package.module:Class."""
     execute: int = 4
     """Actions of a chunk before asking again."""
+    noise_scale: float = 1.0
+    """How much of its noise the flow begins at, as of `recap serve`: 1 as in training, 0 for none."""
     workers: int = 2
     """Robots at once, one process each."""
 
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> int:
             first_seed=args.first_seed,
             robot=args.robot,
             execute=args.execute,
+            noise_scale=args.noise_scale,
             workers=args.workers,
             on_result=show,
         )

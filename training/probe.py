@@ -61,7 +61,7 @@ class CheckpointPolicy:
     """A checkpoint as a policy in this process, with any prompt. Noise is drawn as the service draws it: from (episode
     seed, number of the request), so that both give the same episode up to rounding."""
 
-    def __init__(self, spec: RobotSpec, checkpoint: str, prompt: str, beta: float) -> None:
+    def __init__(self, spec: RobotSpec, checkpoint: str, prompt: str, beta: float, noise_scale: float = 1.0) -> None:
         import torch
 
         from recap_client.spec import require_equal
@@ -73,7 +73,7 @@ class CheckpointPolicy:
         assert isinstance(self._files.spec, PolicySpec)
         self._prompt_text = self._files.spec.text
         require_equal(self._files.spec.robot, spec, what=f"robot against {checkpoint}")
-        self._indicator, self._beta = INDICATORS[prompt], beta
+        self._indicator, self._beta, self._noise_scale = INDICATORS[prompt], beta, np.float32(noise_scale)
         self._seed, self._seq = 0, 0
         self.identity: Mapping[str, str] = {"name": Path(checkpoint).name, "version": "1"}
 
@@ -87,8 +87,11 @@ class CheckpointPolicy:
 
         began, config = time.monotonic(), self._policy.config
         robot = self._files.spec.robot
-        noise = np.random.default_rng([self._seed, self._seq]).standard_normal(
-            (config.chunk, config.padded_action), dtype=np.float32
+        noise = (
+            np.random.default_rng([self._seed, self._seq]).standard_normal(
+                (config.chunk, config.padded_action), dtype=np.float32
+            )
+            * self._noise_scale
         )
         task = self._prompt_text(prompt)
         tokens = self._text(conditioning.prompt(task, self._indicator))
@@ -131,19 +134,23 @@ def probe(
     first_seed: int,
     robot: str = "metaworld",
     execute: int = 4,
+    noise_scale: float = 1.0,
     workers: int = 2,
     on_result: Callable[[Variant, EpisodeResult], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate every variant and write `<out>/<variant>/evaluation.json`, in the form of `recap evaluate`.
 
+    noise_scale: as of the service, 0 (the flow begins without noise) to 1.
     A variant whose file is there for the same checkpoint and episodes is not run again. Returns name -> its content.
     """
+    if not 0.0 <= noise_scale <= 1.0:
+        raise ProbeError(f"noise_scale: expected 0 to 1, got {noise_scale}")
     manifest = read_manifest(checkpoint, "policy")
     reports = {}
     for variant in variants:
         request = {
             "checkpoint": manifest.hash, "robot": robot, "tasks": list(tasks), "episodes_per_task": episodes_per_task,
-            "first_seed": first_seed, "execute": execute, **asdict(variant),
+            "first_seed": first_seed, "execute": execute, "noise_scale": noise_scale, **asdict(variant),
         }  # fmt: skip
         path = out / variant.name / NAME
         known = _known(path, request)
@@ -156,7 +163,8 @@ def _known(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return report if report.get("request") == request else None
+    known = {"noise_scale": 1.0, **report.get("request", {})}  # not written before there was a choice
+    return report if known == request else None
 
 
 def _run(
@@ -167,7 +175,8 @@ def _run(
     workers: int,
     on_result: Callable[[Variant, EpisodeResult], None] | None,
 ) -> dict[str, Any]:
-    options = {"checkpoint": str(checkpoint), "prompt": variant.prompt, "beta": variant.beta}
+    options = {"checkpoint": str(checkpoint), "prompt": variant.prompt, "beta": variant.beta,
+               "noise_scale": request["noise_scale"]}  # fmt: skip
     settings = FleetSettings(
         request["robot"],
         local=("training.probe:CheckpointPolicy", options),

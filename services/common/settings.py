@@ -131,7 +131,8 @@ class PolicySettings:
     where to listen for LeRobot's gRPC and GR00T's ZeroMQ clients, at the address `host`; 0 = a free one, None = not.
     limits: what happens to actions beyond the limits of the spec. access: keys and quotas. tls: of the gRPC port (that
     of HTTP is the server's). critic_tls: for a critic at `wss://`. source: where further models come from; None = the
-    model cannot be changed. record: None = nothing is recorded."""
+    model cannot be changed. record: None = nothing is recorded. noise_scale: the flow begins at so much of its noise, 0
+    (no chance: the same observation gives the same chunk) to 1 (as in training)."""
 
     beta: float = 1.0
     critic_url: str | None = None
@@ -147,6 +148,11 @@ class PolicySettings:
     critic_tls: ssl.SSLContext | None = None
     source: ModelSource | None = None
     record: Recording | None = None
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.noise_scale <= 1.0:
+            raise ValueError(f"noise_scale: expected 0 to 1, got {self.noise_scale}")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class PolicyPipeline:
         beta: float,
         limits: ActionLimits = "clip",
         unsafe: Unsafe = lambda _: None,
+        noise_scale: float = 1.0,
     ) -> None:
         if not isinstance(engine.spec, PolicySpec):
             raise EngineError(f"{engine.name}: expected a policy, got a {engine.spec.kind}")
@@ -68,7 +69,7 @@ class PolicyPipeline:
         self.spec: PolicySpec = engine.spec
         self._safe = SafeActions(engine.spec.robot.action, limits, unsafe)
         self._batcher = batcher
-        self._noise_shape = engine.input_shapes["noise"]
+        self._noise_shape, self._noise_scale = engine.input_shapes["noise"], np.float32(noise_scale)
         self._tokenizer = engine.tokenizer
         self._guidance = np.float32(beta) if guided else None
         self._chaining = {name: engine.input_shapes[name] for name in chaining.INPUTS if name in engine.input_names}
@@ -109,12 +110,13 @@ class PolicyPipeline:
         robot = self.spec.robot
         task = task_text(observation.prompt)
         tokens, mask = self._positive(task)
+        noise = session.noise(self._noise_shape, seed, seq)
         inputs: dict[str, Any] = {
             "images": prepare_images(observation.images, robot),
             "state": prepare_state(observation.state, robot),
             "tokens": tokens,
             "token_mask": mask,
-            "noise": session.noise(self._noise_shape, seed, seq),
+            "noise": noise if self._noise_scale == 1.0 else noise * self._noise_scale,
         }
         if self._guidance is not None:
             inputs["unconditional_tokens"], inputs["unconditional_mask"] = self._unconditional(task)

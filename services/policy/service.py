@@ -121,6 +121,7 @@ class PolicyService:
             "spec": spec_to_json(self.engine.spec),
             "model": self.models.live.identity,
             "beta": self.settings.beta,
+            "noise_scale": self.settings.noise_scale,
             "conditioning": "positive",
             "rtc": self.models.live.pipeline.rtc,
         }

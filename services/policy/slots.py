@@ -72,9 +72,8 @@ def make_slot(engine: Engine, settings: PolicySettings, metrics: PolicyMetrics) 
     )
     metrics.watch(batcher)
     try:
-        pipeline = PolicyPipeline(
-            engine, batcher, settings.beta, settings.limits, lambda kind: metrics.unsafe.labels(kind).inc()
-        )
+        unsafe = lambda kind: metrics.unsafe.labels(kind).inc()  # noqa: E731
+        pipeline = PolicyPipeline(engine, batcher, settings.beta, settings.limits, unsafe, settings.noise_scale)
     except BaseException:
         batcher.close()
         raise

@@ -16,6 +16,7 @@ from recap_model.spec import spec_from_json
 from repository_factory import CHUNK, TASKS, build_repository, expected_actions, robot_spec
 from service_harness import NativeClient, Served, act, eventually, observation, policy_server
 from services.common.metrics import LATENCY_BUCKETS_S, STAGES
+from services.common.settings import PolicySettings
 
 SPEC = robot_spec()
 
@@ -148,6 +149,21 @@ def test_metrics_have_the_agreed_names_and_buckets(served: Served, client: Nativ
     assert ok[0].name == "recap_act_requests_total" and ok[0].value >= 1
     assert families["recap_model_info"].samples[0].labels["version"] == "1"
     assert next(iter(families["recap_sessions"].samples)).value >= 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_the_flow_begins_at_a_part_of_its_noise(models: Path, scale: float) -> None:
+    with policy_server(models, noise_scale=scale) as served, NativeClient(served.url()) as client:
+        assert client.welcome["noise_scale"] == scale
+        replies = [client.ask(act(SPEC, seed=seed)) for seed in (1, 2)]
+        whole = np.random.default_rng([2, 1]).standard_normal((CHUNK, 4), dtype=np.float32)
+        np.testing.assert_array_equal(served.engine.calls[-1]["noise"][0], whole * np.float32(scale))
+        assert np.array_equal(replies[0]["actions"], replies[1]["actions"]) == (scale == 0)
+
+
+def test_a_part_of_the_noise_is_none_to_all_of_it() -> None:
+    with pytest.raises(ValueError, match=r"noise_scale: expected 0 to 1, got 1\.5"):
+        PolicySettings(noise_scale=1.5)
 
 
 def test_guidance_reaches_the_model_with_both_prompts(models: Path) -> None:

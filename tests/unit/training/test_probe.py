@@ -15,13 +15,13 @@ from recap_model.policy.config import PolicyConfig
 from recap_model.policy.model import Policy
 from recap_model.spec import PolicySpec
 from recap_model.tokenizer import word_tokenizer
-from slider_robot import SPEC
+from slider_robot import SPEC, Slider
 from training.checkpoint import write_checkpoint
 from training.loader import FrameTable, Loader, Sampler
 from training.loop import fit
 from training.policy_loss import policy_loss
 from training.presets import debug
-from training.probe import ProbeError, Variant, compare, probe
+from training.probe import CheckpointPolicy, ProbeError, Variant, compare, probe
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,25 @@ def test_a_variant_is_run_once_for_the_same_checkpoint_and_scenes(steered, tmp_p
     probe(steered, [Variant("none")], tmp_path, **{**EPISODES, "first_seed": 6},
           on_result=lambda _, result: told.append(result))  # fmt: skip
     assert len(told) == 8
+
+
+def test_without_noise_every_first_chunk_of_a_scene_is_the_same(steered, tmp_path):
+    seen = Slider()
+    seen.reset("go", 5)
+    observation, chunks = seen.observe(), {}
+    for scale in (0.0, 1.0):
+        policy = CheckpointPolicy(SPEC, str(steered), "positive", 1.0, scale)
+        chunks[scale] = []
+        for seed in (1, 2):
+            policy.reset("e", "go", seed)
+            chunks[scale].append(policy.infer(observation, "go").actions)
+    assert np.array_equal(*chunks[0.0]) and not np.array_equal(*chunks[1.0])
+    told = []
+    for scale in (1.0, 0.0):  # another scale is another evaluation; the old file, without one, was of 1
+        probe(steered, [Variant("none")], tmp_path, **EPISODES, noise_scale=scale, on_result=lambda *r: told.append(r))
+    assert len(told) == 8
+    with pytest.raises(ProbeError, match="noise_scale: expected 0 to 1, got 2"):
+        probe(steered, [Variant("none")], tmp_path, **EPISODES, noise_scale=2.0)
 
 
 def test_the_command_prints_a_table_and_json(steered, tmp_path, capsys):
