@@ -23,6 +23,10 @@ from exporters.triton_repository import write_backend, write_configuration
 from recap_model.manifest import write_manifest
 from repository_factory import build_repository
 from service_harness import eventually
+from services.common.server import Running, running
+from services.common.settings import PolicySettings
+from services.policy.app import create_app
+from services.policy.pipeline import load_policy_engine
 
 _DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 BATCH_SIZES = (1, 2, 4, 8)
@@ -138,3 +142,11 @@ def free_ports(count: int) -> list[int]:
     for sock in sockets:
         sock.close()
     return ports
+
+
+@contextmanager
+def policy_service(models: Path, url: str) -> Iterator[Running]:
+    """A policy service over the Triton at `url`."""
+    app = create_app(load_policy_engine(models, 1.0, f"triton@{url}"), PolicySettings())
+    with running(app, app.state.limits) as bound:
+        yield bound

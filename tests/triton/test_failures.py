@@ -19,23 +19,13 @@ from repository_factory import build_repository
 from service_harness import NativeClient, act, eventually, fetch
 from services.common.engine import load_engine
 from services.common.errors import ServiceError
-from services.common.server import Running, running
-from services.common.settings import PolicySettings
+from services.common.server import Running
 from services.common.triton_engine import unload
-from services.policy.app import create_app
-from services.policy.pipeline import load_policy_engine
-from triton_server import Triton, serve_by_triton, triton, triton_repository
+from triton_server import Triton, policy_service, serve_by_triton, triton, triton_repository
 
 DEADLINE_MS = 1000.0
 LATE_MS = 500.0  # for the way of the answer, on a machine that may be busy
 TYPED = {"unavailable", "deadline"}
-
-
-@contextmanager
-def policy_service(models: Path, url: str) -> Iterator[Running]:
-    app = create_app(load_policy_engine(models, 1.0, f"triton@{url}"), PolicySettings())
-    with running(app, app.state.limits) as bound:
-        yield bound
 
 
 @dataclass
