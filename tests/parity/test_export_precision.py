@@ -64,7 +64,7 @@ def test_formats_hold_what_they_say_and_stay_close(checkpoint, tmp_path, precisi
         assert not list(folder.glob("fp32*"))
 
 
-@pytest.mark.parametrize("guided, max_delay", [(False, 0), (True, 5)])
+@pytest.mark.parametrize("guided, max_delay", [(False, 0), (False, 5), pytest.param(True, 5, marks=pytest.mark.slow)])
 def test_chunking_inputs_go_through_the_exported_graph(checkpoint, tmp_path, guided, max_delay):
     if max_delay:
         checkpoint = save_smolvla(tmp_path / "with delays", replace(SMOLVLA, max_delay=max_delay))
