@@ -10,6 +10,7 @@ from websockets.protocol import State
 from services.common.ws_frames import Frames
 
 _FIN_BINARY = 0x82
+_LINGER_S = 2.0  # for a peer that is still sending what has been refused
 
 
 class RobotWebSocket(WebSocketsSansIOProtocol):
@@ -20,6 +21,7 @@ class RobotWebSocket(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self._frames = Frames(self._arrived, super().data_received, self._plain, lambda: not self.conn.eof_sent)
         self._asked = False  # the app waits for a message
+        self._refused = False  # the peer has broken the protocol, and been told
 
     def data_received(self, data: bytes) -> None:
         """The handshake, and what comes before the app has accepted it."""
@@ -43,6 +45,24 @@ class RobotWebSocket(WebSocketsSansIOProtocol):
             return await super().receive()
         finally:
             self._asked = False
+
+    def handle_parser_exception(self) -> None:
+        """As the base, but the socket stays open for reading until the peer has closed it: closing it while bytes come
+        is a reset, which takes from the peer the reason that was just sent."""
+        if self._refused:
+            return
+        self._refused = True
+        assert self.conn.close_sent is not None
+        why = {"code": self.conn.close_sent.code, "reason": self.conn.close_sent.reason}
+        self.queue.put_nowait({"type": "websocket.disconnect", **why})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(_LINGER_S, self.transport.close)
 
     def _arrived(self, data: bytes) -> None:
         if self.close_sent:

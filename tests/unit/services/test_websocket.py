@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 
+from services.common import ws_protocol
 from services.common.server import bind
 from services.common.ws_frames import Frames
 from services.common.ws_protocol import RobotWebSocket
@@ -81,14 +82,21 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.protocol: Any = None
         self.written = bytearray()
-        self.closed = self.paused = False
+        self.closed = self.ended = self.paused = False
 
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
 
     def write(self, data: Any) -> None:
-        if not self.closed:  # as real ones do
+        if not self.closed and not self.ended:  # as real ones do
             self.written += data
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        assert not self.ended
+        self.ended = True
 
     def close(self) -> None:
         self.closed = True
@@ -118,7 +126,8 @@ class Wire(asyncio.Transport):
 
 @dataclass(frozen=True)
 class Heard:
-    """What the app was given, and what the peer was. unread: what is kept of it although the app has left."""
+    """What the app was given, and what the peer was. unread: what is kept of it although the app has left. closed: the
+    peer sees an end."""
 
     events: list[dict[str, Any]]
     unread: int
@@ -160,7 +169,7 @@ async def conversation(kind: type[WebSocketsSansIOProtocol], pieces: list[bytes]
     await settled()
     for task in protocol.tasks:
         task.cancel()
-    return Heard(events, protocol.queue.qsize(), bytes(wire.written), wire.closed)
+    return Heard(events, protocol.queue.qsize(), bytes(wire.written), wire.closed or wire.ended)
 
 
 async def settled() -> None:
@@ -313,10 +322,19 @@ def test_a_real_client_gets_back_what_it_sent(loop: Any) -> None:
         for number in range(20):
             client.send(bytes([number]) * 90_000)  # not waiting for the answers
         assert [client.recv(20) for _ in range(20)] == [bytes([number]) * 90_000 for number in range(20)]
-        client.send(bytes((1 << 21) + 1))
+        client.send(bytes((1 << 24) + 1))  # to its end, although it is refused at its beginning
         with pytest.raises(ConnectionClosedError) as closed:
             client.recv(20)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+
+
+def test_a_refused_peer_that_does_not_leave_is_left(monkeypatch: pytest.MonkeyPatch, loop: Any) -> None:
+    monkeypatch.setattr(ws_protocol, "_LINGER_S", 0.3)
+    with serving(echo, loop) as port, dial(port) as client, contextlib.closing(client.socket.dup()) as raw:
+        raw.sendall(HEADER_OF_A_GIGABYTE)
+        raw.settimeout(20)
+        with pytest.raises(ConnectionError):
+            raw.sendall(bytes(1 << 29))  # of the gigabyte that was announced; more than goes through in the time
 
 
 def test_an_app_that_does_not_read_stops_its_peer(loop: Any) -> None:
