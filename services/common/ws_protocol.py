@@ -52,9 +52,9 @@ class RobotWebSocket(WebSocketsSansIOProtocol):
         if self._refused:
             return
         self._refused = True
-        assert self.conn.close_sent is not None
-        why = {"code": self.conn.close_sent.code, "reason": self.conn.close_sent.reason}
-        self.queue.put_nowait({"type": "websocket.disconnect", **why})
+        sent = self.conn.close_sent
+        assert sent is not None
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": sent.code, "reason": sent.reason})
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
         if self.transport.can_write_eof():
