@@ -37,6 +37,7 @@ _SERVE = "import sys; from services.cli import serve; sys.exit(serve(sys.argv[1:
 _ARENA_MAX = -8  # of glibc's malloc.h
 _SPARE = 3  # descriptors and threads by which the floor may move: a connection being taken, a pool's thread
 _MIB = 1 << 20
+_SAMPLES = "samples.jsonl"
 
 Sample = dict[str, Any]
 
@@ -57,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         processes = _processes(services, ports)
         load = Load(spec, *ports, robots=args.robots, openpi=args.openpi, patience_s=args.patience)
-        samples = _watch(load, processes, args)
+        _watch(load, processes, args)
     finally:
         services.terminate()
         try:
             services.wait(30)
         except subprocess.TimeoutExpired:
             services.kill()
+    samples = [json.loads(line) for line in (args.out / _SAMPLES).read_text().splitlines()]
     report = verdict(samples, load.counts.problems, args.warm_up, args.growth) | {
         "hardware": f"{platform.machine()}, {psutil.cpu_count()} cores", "robots": args.robots, "openpi": args.openpi,
         "minutes": round(samples[-1]["t"] / 60, 2) if samples else 0.0, "exit": services.returncode,
@@ -121,23 +123,22 @@ def relative_growth(t: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -
     return slope * float(t[-1] - t[0]) / float(values.mean())
 
 
-def _watch(load: Load, processes: Mapping[str, Any], args: argparse.Namespace) -> list[Sample]:
-    samples: list[Sample] = []
+def _watch(load: Load, processes: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Samples go to their file alone: this process is watched too, and a list of them would be its own growth."""
     began = time.monotonic()
     load.start()
     try:
-        with (args.out / "samples.jsonl").open("w") as stream:
+        with (args.out / _SAMPLES).open("w") as stream:
             while (now := time.monotonic() - began) < 60 * args.minutes:
                 time.sleep(min(args.every, max(0.1, 60 * args.minutes - now)))
-                samples.append(_sample(time.monotonic() - began, load, processes))
-                stream.write(json.dumps(samples[-1]) + "\n")
+                sample = _sample(time.monotonic() - began, load, processes)
+                stream.write(json.dumps(sample) + "\n")
                 stream.flush()
-                _progress(samples[-1], 60 * args.minutes)
+                _progress(sample, 60 * args.minutes)
     except KeyboardInterrupt:
         print("\nended early; the report covers what was measured", file=sys.stderr)
     load.stop()
     print(file=sys.stderr)
-    return samples
 
 
 def _sample(t: float, load: Load, processes: Mapping[str, Any]) -> Sample:
