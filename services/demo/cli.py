@@ -115,7 +115,12 @@ def run(args: DemoArgs, jobs: Sequence[Job], console: Console) -> Iterator[Episo
             for job, result in zip(jobs, _results(receiver, progress, follower), strict=False):
                 progress.finished(result)
                 done += 1
-                yield _episode(job, result, follower)
+                try:
+                    episode = _episode(job, result, follower)
+                except KeyboardInterrupt:  # the robot is done with this one: it counts
+                    yield _episode(job, result, follower, settle_s=0.0)
+                    raise
+                yield episode
             if done < len(jobs):
                 process.join(5)
                 raise DemoError(
@@ -139,9 +144,10 @@ def _results(receiver: Connection, progress: Progress, follower: ValueFollower) 
         yield message
 
 
-def _episode(job: Job, result: EpisodeResult, follower: ValueFollower) -> Episode:
-    """Join what the robot and the critic say about an episode, once the critic has heard how it ended."""
-    limit = time.monotonic() + _SETTLE_S
+def _episode(job: Job, result: EpisodeResult, follower: ValueFollower, settle_s: float = _SETTLE_S) -> Episode:
+    """Join what the robot and the critic say about an episode, once the critic has heard how it ended or `settle_s`
+    have passed."""
+    limit = time.monotonic() + settle_s
     while follower.latest(ROBOT).get("episode") == result.episode and time.monotonic() < limit:
         if follower.latest(ROBOT).get("success") is not None:
             break
